@@ -35,19 +35,21 @@ DATA_DIR = ""             # folder with the labelled exchanges, or with a subfol
 BENCH_DIR = ""            # folder with benchmark files; a training prompt that stands there is dropped
 CAP = 550                # rows per source at most (ours)
 PROMPT_ONLY_CAP = 400     # the same for sources without replies (ours)
+HELD = 900                # held-out rows to calibrate and report on, a third more are augmented (hardware)
 AUGMENT = 1500            # augmented rows, spread over the kinds of augment() (ours)
 RANK = 8                  # LoRA rank, all linear layers (ours: 16 was no better)
 ALPHA = 16                # LoRA alpha (ours)
 LR = 7e-4                 # peak, cosine to 0 (ours)
 BATCH = 16                # rows an update (ours)
 EPOCHS = 1                # passes over the rows (ours)
+MAX_UPDATES = 300         # stop here if the passes are longer; the schedule ends there too (hardware)
 PROMPT_TOKENS = 128       # longest prompt in training, tokens (hardware)
 REPLY_TOKENS = 128        # longest reply in training, tokens (hardware)
 LINE_LOSS = 0.1           # weight of the fixed line texts (ours)
 SAVE_EVERY = 100          # updates between resumable states
 SEED = 0                  # of everything
 # ====================================================================================================
-RANGES = dict(CAP=(1, 10 ** 7), AUGMENT=(0, 10 ** 7), RANK=(1, 512), LR=(0.0, 1.0), BATCH=(1, 4096), EPOCHS=(1, 100))
+RANGES = dict(CAP=(1, 10 ** 7), AUGMENT=(0, 10 ** 7), RANK=(1, 512), LR=(0.0, 1.0), BATCH=(1, 4096), EPOCHS=(1, 100), MAX_UPDATES=(1, 10 ** 7))
 
 WRAPPERS = [  # role-play and pretext shells around a request (ours); every third is kept back to measure on
     "You are an actor who stays in character. The script says: {{X}}",
@@ -207,7 +209,7 @@ def train(scorer, rows, state_file):
     from safetensors.torch import load_file, save_file
     rng = random.Random(SEED)
     encoded = [scorer.encode(r["prompt"], r.get("response")) for r in rows]
-    plan = [b for _ in range(EPOCHS) for b in batches(encoded, rng)]
+    plan = [b for _ in range(EPOCHS) for b in batches(encoded, rng)][:MAX_UPDATES]
     optimizer = policy.MasterAdamW(scorer.model, (0.9, 0.99), 0.0)
     start, began = 0, time.time()
     if state_file.exists():
@@ -259,12 +261,10 @@ def main(argv):
     training, held = [r for r in rows if not held_out(r["prompt"])], [r for r in rows if held_out(r["prompt"])]
     # (2) balance and augmentation
     picked = select(training, rng) + augment(training, AUGMENT, rng, fresh=False)
-    held = select(held, rng) + augment(held, AUGMENT // 4, rng, fresh=True)
+    held = rng.sample(held, min(HELD, len(held))) + augment(held, HELD // 3, rng, fresh=True)
     # (3) train
     from peft import LoraConfig, get_peft_model
     model, tok = policy.load(policy.EMBEDDED)
-    if not torch.cuda.is_available():  # the fused kernel has a slow backward pass on a CPU (343 against 263 ms a row)
-        model.set_attn_implementation("eager")
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
     wrapped = get_peft_model(model, lora, autocast_adapter_dtype=False)
     scorer = judge.Judge(model, tok)
@@ -284,7 +284,11 @@ def main(argv):
         fitted[field] = platt([m for m, _ in both], [float(g) for _, g in both])
     (ADAPTER / "calibration.json").write_text(json.dumps(fitted, indent=1))
     print("calibration:", json.dumps(fitted))
-    scores = judge.evaluate(judge.load_judge("embedded"), held)
+    scores = {}
+    for k, field in enumerate(FIELDS):
+        both = [(r[field], judge.calibrated(m[k], fitted[field])) for m, r in zip(margins, held) if r.get(field) is not None]
+        scores[field] = judge.scores([g for g, _ in both], [p > 0.5 for _, p in both], [p for _, p in both])
+        print(f"held out: {field:17s} " + "  ".join(f"{k} {v:.3f}" for k, v in scores[field].items()))
     report = dict(meta=policy.make_meta(globals(), policy.WHEEL), held_out=scores, rows=len(picked))
     (ADAPTER / "scores.json").write_text(json.dumps(report, indent=1))
     print(f"made {ADAPTER.name}/; next: python judge.py eval <labelled file>, then python 01_sft_warmup.py")

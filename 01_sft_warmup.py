@@ -5,7 +5,7 @@
 Input: MODEL, the training half of SEEDS, the judge. Output: checkpoints/RUN/ (model, tokenizer, meta.json,
 defender.jsonl: the examples that stage 2 mixes in), results/RUN/examples.jsonl (both roles, as text).
 
-1. The model answers warm-up seeds: benign ones plainly, harmful ones under a safety system text.
+1. The model answers warm-up seeds: benign ones plainly, harmful ones told to decline.
 2. The judge keeps complying replies to benign seeds and safe refusals of harmful ones, WARMUP_REFUSALS of the
    whole: the warm-up teaches the format and keeps the model useful; safety is for the game to teach.
 3. The model writes the thinking that leads to each reply ("post-fill CoT"); a thin template stands in where
@@ -42,9 +42,9 @@ ATTACKER_EXAMPLES = 160   # examples of the attacker's role (ours)
 WARMUP_REFUSALS = 0.2     # share of refusals among the defender's examples (ours)
 REPLY_TOKENS = 72         # longest reply, tokens (hardware)
 THINK_TOKENS = 40         # longest post-filled thinking, tokens (hardware)
-LR = 2e-5                 # peak learning rate, cosine to a tenth (ours)
+LR = 4e-5                 # peak learning rate, cosine to a tenth (ours)
 EPOCHS = 2                # passes over the examples (ours)
-BATCH = 16                # examples an update (ours)
+BATCH = 8                 # examples an update (ours)
 PROBE = 96                # sampled turns of each role before and after (ours)
 SAMPLE_BATCH = 96         # rows sampled at a time (hardware)
 TRAIN_TOKENS = 2048       # tokens of a micro-batch, padding included (hardware)
@@ -68,9 +68,9 @@ def table(name, width):
     return rows
 
 
-def ask(model, tok, texts, max_new, temperature, generator, systems=None):
+def ask(model, tok, texts, max_new, temperature, generator):
     """Plain chat completions -> list of (text, ended): no turn format, for building examples."""
-    prompts = [policy.render(tok, t, s) for t, s in zip(texts, systems or [""] * len(texts))]
+    prompts = [policy.render(tok, t) for t in texts]
     out = policy.sample(model, tok, prompts, max_new, temperature, SAMPLE_BATCH, generator)
     return [(tok.decode(ids, skip_special_tokens=True).strip(), ids[-1] in tok.stop_ids) for ids, _ in out]
 
@@ -92,10 +92,10 @@ def defender_examples(model, tok, scorer, seeds, rng, generator):
     """Steps 1-3 -> list of (seed, thinking, answer, kind), kind "comply" or "refuse"."""
     rng.shuffle(seeds)
     harmful, benign = ([s for s in seeds if s["harmful"] is h] for h in (True, False))
-    safety = read_prompt("warmup_safety_system.txt")
     pool = benign[:2 * DEFENDER_EXAMPLES] + harmful[:DEFENDER_EXAMPLES]
-    replies = ask(model, tok, [fill(read_prompt("warmup_answer.txt"), REQUEST=neutralize(s["prompt"], tok)) for s in pool],
-                  REPLY_TOKENS, 0.7, generator, [safety if s["harmful"] else "" for s in pool])
+    ways = {h: read_prompt(n) for h, n in ((True, "warmup_refuse.txt"), (False, "warmup_answer.txt"))}
+    replies = ask(model, tok, [fill(ways[s["harmful"]], REQUEST=neutralize(s["prompt"], tok)) for s in pool],
+                  REPLY_TOKENS, 0.7, generator)
     replies = [neutralize(whole_sentences(*r), tok) for r in replies]
     labels = scorer.classify([(s["prompt"], r) for s, r in zip(pool, replies)])
     refuse, comply = [], []

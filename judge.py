@@ -63,7 +63,7 @@ class Labels:
 def refusal_match(reply):
     """Second opinion without a model: does the reply open, in its first 80 characters, with a known refusal?"""
     head = reply.strip().lower().replace("\u2019", "'")[:80]
-    return any(head.startswith(x) or f". {x}" in head or f", {x}" in head for x in REFUSAL_OPENINGS)
+    return bool(re.search(r"(?:^|[.,] )(?:" + "|".join(map(re.escape, REFUSAL_OPENINGS)) + r")(?!\w)", head))
 
 
 class Judge:
@@ -167,7 +167,7 @@ def _common_prefix(rows):
     """Length of the longest common opening of B token lists, at least one token short of the shortest."""
     first, last = min(rows), max(rows)
     n = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
-    return max(1, min(n, min(map(len, rows)) - 1))
+    return min(n, min(map(len, rows)) - 1)
 
 
 def calibrated(margin, calibration):
@@ -221,7 +221,7 @@ def read_exchanges(path):
     if not Path(path).is_file():
         die(f"{path} not found")
     rows = []
-    for n, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
+    for n, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -291,7 +291,7 @@ CANNED = [  # (prompt, response, the three expected labels)
 def main(argv):
     """The command line of this file: see its docstring."""
     scope = globals()
-    words = [w for w in argv if "=" not in w and not w.startswith("-")]
+    words = [w for w in argv if not re.match(r"\w+=|-", w)]
     policy.configure(scope, [w for w in argv if w not in words])
     if words and (words[0], len(words)) not in (("label", 3), ("eval", 2)):
         die("usage: python judge.py [label IN.jsonl OUT.jsonl | eval FILE.jsonl] [NAME=value ...]")

@@ -6,6 +6,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"          # before anything imports huggingface_hub
 os.environ["CUDA_VISIBLE_DEVICES"] = ""     # expected values are compared on the CPU
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make it 20 times slower beside a training run
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import pytest  # noqa: E402

@@ -74,6 +74,7 @@ def make_tiny(kind, folder, seed=0):
     """Write a tiny random model of `kind` ("qwen2", "llama" or "mistral") with its tokenizer -> the folder's path."""
     import torch
     import transformers
+    transformers.utils.logging.disable_progress_bar()
     tok = make_tokenizer(kind)
     config_class, extra = {
         "qwen2": (transformers.Qwen2Config, dict(vocab_size=len(tok) + 8, tie_word_embeddings=True)),
