@@ -273,7 +273,9 @@ def main(argv):
             if r.get("response") is not None else None
     print(f"training on {len(picked)} rows, {len(held)} held out")
     train(scorer, picked, ROOT / "checkpoints" / "00_judge" / "state.safetensors")
+    wrapped.peft_config["default"].base_model_name_or_path = policy.WHEEL
     wrapped.save_pretrained(str(ADAPTER))
+    (ADAPTER / "README.md").unlink()  # peft's empty card; ours is CARD.md
     # (4) calibrate on the held-out prompts, through the merged model that is used later
     (ADAPTER / "calibration.json").write_text(json.dumps({f: dict(temperature=1.0, bias=0.0) for f in FIELDS}))
     scorer = judge.load_judge("embedded")
@@ -289,7 +291,9 @@ def main(argv):
         both = [(r[field], judge.calibrated(m[k], fitted[field])) for m, r in zip(margins, held) if r.get(field) is not None]
         scores[field] = judge.scores([g for g, _ in both], [p > 0.5 for _, p in both], [p for _, p in both])
         print(f"held out: {field:17s} " + "  ".join(f"{k} {v:.3f}" for k, v in scores[field].items()))
-    report = dict(meta=policy.make_meta(globals(), policy.WHEEL), held_out=scores, rows=len(picked))
+    meta = policy.make_meta(globals(), policy.WHEEL)
+    meta["constants"].update(DATA_DIR="<labelled exchanges>", BENCH_DIR="<benchmarks>")  # no paths of one machine
+    report = dict(meta=meta, held_out=scores, rows=len(picked))
     (ADAPTER / "scores.json").write_text(json.dumps(report, indent=1))
     print(f"made {ADAPTER.name}/; next: python judge.py eval <labelled file>, then python 01_sft_warmup.py")
 

@@ -393,7 +393,7 @@ def main(argv):
     for name, text in zip(outs, (table(summary), json.dumps(summary, indent=1))):
         (ROOT / name).write_text(text)
     print(f"\n{table(summary)}\n{time.time() - start:.0f} s; made {', '.join(outs)}, "
-          f"results/{RUN + end}/\nnext: set ASR beside benign compliance; more steps: 02_selfplay_rl.py STEPS=...")
+          f"results/{RUN + end}/\nnext: python policy.py chat CHECKPOINT")
 
 
 if __name__ == "__main__":
