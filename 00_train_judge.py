@@ -7,7 +7,8 @@ response_refusal, response_harmful (true, false, or null for not labelled), sour
 adapter_model.safetensors, calibration.json and scores.json; checkpoints/00_judge/ while it runs, for resuming.
 
 1. Read the rows, drop those whose prompt stands in a benchmark, split by prompt: 90 % train, 10 % held out.
-2. Cap each source, add augmented rows for the holes an attacker would search for (DESIGN section 4).
+2. Fill in refusal labels that the matcher of openings makes safe to guess (training only), cap each source, add
+   augmented rows for the holes an attacker would search for (DESIGN section 4).
 3. Train LoRA on the answer positions only, through judge.answer_logits: what is fed at an answered position is
    the judge's own greedy answer, as in use. Missing labels are masked. Each label's loss is averaged over the
    rows of the batch that carry it; a tenth of the line texts' loss keeps free generation possible.
@@ -33,16 +34,16 @@ from policy import ROOT, die, read_prompt
 # ====================================================================================================
 DATA_DIR = ""             # folder with the labelled exchanges, or with a subfolder train/
 BENCH_DIR = ""            # folder with benchmark files; a training prompt that stands there is dropped
-CAP = 550                # rows per source at most (ours)
-PROMPT_ONLY_CAP = 400     # the same for sources without replies (ours)
+CAP = 600                # rows per source at most (ours)
+PROMPT_ONLY_CAP = 350     # the same for sources without replies (ours)
 HELD = 900                # held-out rows to calibrate and report on, a third more are augmented (hardware)
-AUGMENT = 1500            # augmented rows, spread over the kinds of augment() (ours)
+AUGMENT = 1400            # augmented rows, spread over the kinds of augment() (ours)
 RANK = 8                  # LoRA rank, all linear layers (ours: 16 was no better)
 ALPHA = 16                # LoRA alpha (ours)
 LR = 7e-4                 # peak, cosine to 0 (ours)
 BATCH = 16                # rows an update (ours)
 EPOCHS = 1                # passes over the rows (ours)
-MAX_UPDATES = 300         # stop here if the passes are longer; the schedule ends there too (hardware)
+MAX_UPDATES = 600         # stop here if the passes are longer; the schedule ends there too (hardware)
 PROMPT_TOKENS = 128       # longest prompt in training, tokens (hardware)
 REPLY_TOKENS = 128        # longest reply in training, tokens (hardware)
 LINE_LOSS = 0.1           # weight of the fixed line texts (ours)
@@ -167,10 +168,26 @@ def augment(rows, n, rng, fresh):
     return [makers[i % len(makers)]() for i in range(n)]
 
 
+def weakly_labelled(row):
+    """The row with its missing refusal label where the matcher of openings and the harm label leave little doubt.
+
+    Few sources carry refusal labels by hand, and with those alone a judge missed 58 % of XSTest's refusals, which are
+    long; the matcher's F1 there is .91. Weak labels are trained on, never calibrated or reported on.
+    """
+    if row.get("response_refusal") is not None or not row.get("response"):
+        return row
+    matched, harmful = judge.refusal_match(row["response"]), row.get("response_harmful")
+    if matched and harmful is not True:
+        return {**row, "response_refusal": True}
+    return {**row, "response_refusal": False} if harmful and not matched else row
+
+
 def seed_rows():
-    """The training half of the seeds that ship, as prompt-only rows: the game's own distribution."""
+    """The training half of the seeds that ship, as prompt-only rows: the game's own distribution. Benign ones that sound
+    harmful three times: no other source has many."""
     return [dict(prompt=s["prompt"], response=None, prompt_harmful=s["harmful"], source="own_seeds")
-            for s in policy.load_seeds("prompts/seeds.jsonl", "train")]
+            for s in policy.load_seeds("prompts/seeds.jsonl", "train")
+            for _ in range(3 if s.get("category") == "sounds_harmful" else 1)]
 
 
 def shorten(tok, text, limit):
@@ -237,16 +254,19 @@ def train(scorer, rows, state_file):
 
 
 def platt(margins, gold):
-    """Temperature and bias that maximize the likelihood of 0/1 labels given log-odds (Newton's method, 2 parameters)."""
+    """Temperature and bias that maximize the likelihood of 0/1 labels given log-odds (Platt 1999), in float64."""
     x, y = torch.tensor(margins, dtype=torch.float64), torch.tensor(gold, dtype=torch.float64)
-    w = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    for _ in range(50):
-        p = torch.sigmoid(w[0] * x + w[1])
-        A = torch.stack([x, torch.ones_like(x)])
-        gradient = A @ (p - y) + 1e-3 * (w - torch.tensor([1.0, 0.0]))
-        hessian = (A * (p * (1 - p))) @ A.T + 1e-3 * torch.eye(2, dtype=torch.float64)
-        w = w - torch.linalg.solve(hessian, gradient)
-    return dict(temperature=1 / float(w[0]), bias=float(w[1]))
+    w = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)  # slope, bias
+    lbfgs = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        lbfgs.zero_grad()
+        value = torch.nn.functional.binary_cross_entropy_with_logits(w[0] * x + w[1], y)
+        value.backward()
+        return value
+
+    lbfgs.step(loss)
+    return dict(temperature=1 / w[0].item(), bias=w[1].item())
 
 
 def main(argv):
@@ -260,6 +280,7 @@ def main(argv):
     rows = read_rows(DATA_DIR, BENCH_DIR) + seed_rows()
     training, held = [r for r in rows if not held_out(r["prompt"])], [r for r in rows if held_out(r["prompt"])]
     # (2) balance and augmentation
+    training = [weakly_labelled(r) for r in training]
     picked = select(training, rng) + augment(training, AUGMENT, rng, fresh=False)
     held = rng.sample(held, min(HELD, len(held))) + augment(held, HELD // 3, rng, fresh=True)
     # (3) train

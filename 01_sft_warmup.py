@@ -1,6 +1,6 @@
 """Stage 1: teach both roles the turn format by self-distillation [SRT appendix]   -> checkpoints/01_sft/
 
-    python 01_sft_warmup.py                  ~8 min on 2 cores, 6 GB
+    python 01_sft_warmup.py                  ~10 min on 2 cores, 9 GB
 
 Input: MODEL, the training half of SEEDS, the judge. Output: checkpoints/RUN/ (model, tokenizer, meta.json,
 defender.jsonl: the examples that stage 2 mixes in), results/RUN/examples.jsonl (both roles, as text).
@@ -43,7 +43,7 @@ WARMUP_REFUSALS = 0.2     # share of refusals among the defender's examples (our
 REPLY_TOKENS = 72         # longest reply, tokens (hardware)
 THINK_TOKENS = 40         # longest post-filled thinking, tokens (hardware)
 LR = 4e-5                 # peak learning rate, cosine to a tenth (ours)
-EPOCHS = 2                # passes over the examples (ours)
+EPOCHS = 3                # passes over the examples (ours)
 BATCH = 8                 # examples an update (ours)
 PROBE = 96                # sampled turns of each role before and after (ours)
 SAMPLE_BATCH = 96         # rows sampled at a time (hardware)

@@ -129,7 +129,7 @@ def find_checkpoint(name):
     hint = (": run python 01_sft_warmup.py first" if "01_sft" in parts else
             ": run python 02_selfplay_rl.py first" if "02_rl" in parts else "")
     if path is None and not hint:
-        policy._check_hub(name)  # stops by itself
+        policy.check_hub(name)  # stops by itself
         return Checkpoint(parts[-1], name, BASE_FORMAT, True, sha(name))
     if path and not (path / "config.json").is_file():
         steps = [p.parent for p in path.glob("step_*/meta.json") if p.parent.name[5:].isdigit()]
@@ -150,7 +150,7 @@ def find_judge():
     if not all(f.is_file() for f in files):
         die("judge_adapter/ not found: run python 00_train_judge.py DATA_DIR=<folder> first")
     if not files and not (Path(JUDGE) / "config.json").is_file():
-        policy._check_hub(JUDGE)  # stops by itself
+        policy.check_hub(JUDGE)  # stops by itself
     texts = JUDGE, JUDGE_QUANTIZE, judge.read_prompt("judge_wildguard.txt")
     return sha(*texts, *(f.read_bytes() for f in files))
 
@@ -356,10 +356,10 @@ def table(summary):
                   for x, r in benign if (r or 0) < OVER_REFUSAL]
         formed = sum(v["format"]["n"] * (v["format"]["rate"] or 0) for _, v in every)
         sums = [f"{sum(v[f] for _, v in every)} {f}" for f in ("empty", "cut", "unparsed")]
-        notes.append(f"{label} ({c['style']}): of {sum(v['format']['n'] for _, v in every)} answers "
+        notes.append(f"{label} ({c['style']}): {sum(v['format']['n'] for _, v in every)} answers, "
                      f"{formed:.0f} well-formed, {', '.join(sums)}")
     return "\n\n".join([
-        "Benign compliance: answered and not refused. [95 % bootstrap over prompts]: .00 is not never.",
+        "Compliance: answered and not refused. Brackets: 95 % bootstrap; [.00, .00] is not never.",
         grid(models, "answers", ("asr", "benign_compliance")), "\n".join(f"* {x}" for x in notes),
         "Refusal by the judge, and by a matcher of openings that is no model and never a reward:",
         grid(models, "answers", ("refusal", "matcher_refusal", "matcher_compliance")),
@@ -372,8 +372,6 @@ def table(summary):
 def main(argv):
     """The five steps of the docstring; a user's mistake shows before the first slow one."""
     policy.configure(globals(), argv)
-    if not re.fullmatch(r"\w[\w.-]*", RUN):
-        die(f"RUN={RUN!r}: letters, digits, dot, dash and underscore only")
     start, end = time.time(), f"_limit{LIMIT}" if LIMIT else ""
     benchmarks, words = collect(), [w.strip() for w in (BASE, *CHECKPOINTS.split(","))]  # (1)
     found = {w: find_checkpoint(w) for w in sorted(words, key=lambda w: w == policy.EMBEDDED)}

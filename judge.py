@@ -189,17 +189,21 @@ def settle(labels, response):
 
 
 def parse_lines(text):
-    """Generated lines -> Labels; case and space do not matter; N/A is None; what is missing makes parsed False."""
+    """Generated lines -> Labels; case and space do not matter; N/A is None; a line that is missing, or that stands there
+    twice with two answers, makes parsed False."""
     found = []
     for line in LINES:
-        match = re.search(re.escape(line).replace(r"\ ", r"\s*") + r"\s*(yes|no|n/a)\b", text, re.IGNORECASE)
-        found.append({"yes": True, "no": False, "n/a": None}[match.group(1).lower()] if match else "missing")
+        said = re.findall(re.escape(line).replace(r"\ ", r"\s*") + r"\s*(yes|no|n/a)\b", text, re.IGNORECASE)
+        one = len({x.lower() for x in said}) == 1
+        found.append({"yes": True, "no": False, "n/a": None}[said[0].lower()] if one else "missing")
     parsed = "missing" not in found and None not in found
     return Labels(*(None if f == "missing" else f for f in found), parsed=parsed)
 
 
 def load_judge(name, quantize="auto", scoring="constrained", judge_tokens=JUDGE_TOKENS):
     """"embedded", a folder or a hub id -> Judge. quantize: "auto", "nf4" (bitsandbytes, CUDA or CPU) or "none"."""
+    if name == "embedded" and quantize == "nf4":
+        die("the embedded judge is not quantized: QUANTIZE=nf4 is for WildGuard-format models given by name or folder")
     if name != "embedded":
         nf4 = quantize == "nf4" or (quantize == "auto" and torch.cuda.is_available())
         model, tok = policy.load(name, quantize=nf4)
@@ -295,6 +299,8 @@ def main(argv):
     policy.configure(scope, [w for w in argv if w not in words])
     if words and (words[0], len(words)) not in (("label", 3), ("eval", 2)):
         die("usage: python judge.py [label IN.jsonl OUT.jsonl | eval FILE.jsonl] [NAME=value ...]")
+    if words[:1] == ["label"] and not Path(words[2]).resolve().parent.is_dir():
+        die(f"the folder of {words[2]} does not exist")
     rows = read_exchanges(words[1]) if words else []
     judge = load_judge(JUDGE, QUANTIZE, SCORING, JUDGE_TOKENS)
     if not words:
@@ -306,8 +312,9 @@ def main(argv):
         if not all(right):
             die(f"{right.count(False)} of {len(right)} canned cases are wrong: do not train against this judge")
     elif words[0] == "label":
+        labels = judge.classify([(r["prompt"], r.get("response")) for r in rows])
         with open(words[2], "w", encoding="utf-8") as f:
-            for row, x in zip(rows, judge.classify([(r["prompt"], r.get("response")) for r in rows])):
+            for row, x in zip(rows, labels):
                 row = {**row, **{k: getattr(x, k) for k in FIELDS}, **{f"p_{k}": x.p.get(k) for k in FIELDS}}
                 f.write(json.dumps(row) + "\n")
         print(f"labelled {len(rows)} exchanges -> {words[2]}")

@@ -15,6 +15,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import platform
 import re
@@ -71,6 +72,8 @@ def configure(scope, argv):
             die(f"unknown constant {name!r} (nearest: {near}); python {Path(scope['__file__']).name} --help lists all")
         scope[name] = _typed(name, text, type(known[name]))
         print(f"override: {name} = {scope[name]!r} (was {known[name]!r})")
+    if not re.fullmatch(r"\w[\w.-]*", scope.get("RUN", "x")):
+        die(f"RUN={scope['RUN']!r}: letters, digits, dot, dash and underscore only (it names folders)")
     for name, allowed in scope.get("RANGES", {}).items():
         value = scope[name]
         if isinstance(allowed, list) and value not in allowed:
@@ -144,6 +147,7 @@ def load(name, dtype="auto", quantize=False):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional CPU kernel as missing
     torch.set_float32_matmul_precision("highest")
     _keep_freed_memory()
     path = str(unpack_embedded()) if name == EMBEDDED else name
@@ -154,7 +158,7 @@ def load(name, dtype="auto", quantize=False):
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
         extra["device_map"] = {"": device()}
     if not Path(path).is_dir():
-        _check_hub(path)
+        check_hub(path)
     try:
         tok = transformers.AutoTokenizer.from_pretrained(path)
         model = transformers.AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **extra)
@@ -169,7 +173,7 @@ def load(name, dtype="auto", quantize=False):
     return model.eval(), tok
 
 
-def _check_hub(name):
+def check_hub(name):
     """A model that is neither a folder nor in the local cache needs the hub: say so at once if it is out of reach."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     if name.startswith((".", "/", "checkpoints")) or name.count("/") != 1:
@@ -628,7 +632,7 @@ def load_seeds(source, split=None):
     `data_type`. A bad line stops with its number.
     """
     seeds = []
-    for part in source.split(","):
+    for part in map(str.strip, source.split(",")):
         path = next((p for p in (Path(part), ROOT / part) if p.is_file()), None)
         rows = _seed_rows(path) if path else _hub_seeds(part)
         seeds += [_seed(row, f"{part} line {n}", f"{Path(part).stem}-{n}") for n, row in rows]
@@ -642,18 +646,22 @@ def load_seeds(source, split=None):
 def _seed_rows(path):
     """(line number, dict) of a JSONL or CSV file; a byte order mark at its top is ignored."""
     import csv
-    with open(path, encoding="utf-8-sig", newline="") as f:
-        if path.suffix == ".csv":
-            reader = csv.DictReader(f)
-            return [(reader.line_num, row) for row in reader]
-        rows = []
-        for n, line in enumerate(f, 1):
-            if line.strip():
-                try:
-                    rows.append((n, json.loads(line)))
-                except json.JSONDecodeError as problem:
-                    die(f"{path} line {n}: not JSON ({problem.msg})")
-        return rows
+    import io
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        die(f"{path}: not UTF-8 ({problem.reason} at byte {problem.start})")
+    if path.suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        return [(reader.line_num, row) for row in reader]
+    rows = []
+    for n, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON text may hold other line ends
+        if line.strip():
+            try:
+                rows.append((n, json.loads(line)))
+            except json.JSONDecodeError as problem:
+                die(f"{path} line {n}: not JSON ({problem.msg})")
+    return rows
 
 
 def _hub_seeds(name):
@@ -663,7 +671,7 @@ def _hub_seeds(name):
     import datasets
     try:
         rows = datasets.load_dataset(name, "train", split="train", delimiter="\t", keep_default_na=False)
-    except Exception as problem:  # as in _check_hub: many unrelated types, one meaning
+    except Exception as problem:  # as in check_hub: many unrelated types, one meaning
         die(f"SEEDS: {name!r} is no file and the Hugging Face hub did not give it ({type(problem).__name__}); "
             "for gated data accept its terms and run `hf auth login`")
     return [(n, dict(prompt=r["vanilla"], harmful="harmful" in r["data_type"])) for n, r in enumerate(rows, 1)
