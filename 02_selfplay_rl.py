@@ -1,24 +1,24 @@
-"""Stage 2: self-play RL. One model attacks and defends; a hand-written REINFORCE++ loop trains both roles.
+"""Stage 2, self-play RL: one model attacks and defends; a hand-written REINFORCE++ loop trains it.
 
-    python 02_selfplay_rl.py                 100 steps of 32 seeds: ~50 min, 8 GB on 2 cores
-    python 02_selfplay_rl.py --paper         7B policy, WildGuard in NF4, 128 seeds a step (one 96 GB GPU; not run here)
+    python 02_selfplay_rl.py               100 steps of 32 seeds: ~50 min, 8 GB on 2 cores
+    python 02_selfplay_rl.py --paper       7B policy, WildGuard in NF4 (one 96 GB GPU; not run here)
 
-Paper: Self-RedTeam, arXiv 2506.07468 [SRT], sections 3 (game), 4 and appendix (training). Input: MODEL (stage 1's
-checkpoint), its defender.jsonl, SEEDS, the judge. Output: checkpoints/RUN/step_NNNNNN/, results/RUN/metrics.csv,
-games.jsonl, curves.png. Started again, it goes on from the newest complete step.
+Paper: Self-RedTeam, arXiv 2506.07468 [SRT], sections 3 (game), 4 and appendix (training). Input:
+MODEL (stage 1's checkpoint), its defender.jsonl, SEEDS, the judge. Output: results/RUN/metrics.csv,
+games.jsonl, curves.png, checkpoints/RUN/step_NNNNNN/; it resumes from the newest complete step.
 
 The loop, as numbered in the code:
- 1. Draw seeds, half harmful, half benign; of each half ATTACKED goes to the attacker, the rest straight on.
+ 1. Draw seeds, half harmful, half benign; of each half, the share ATTACKED goes to the attacker.
  2. The attacker rewrites its seeds with hidden thinking; only the text inside <answer> leaves it.
  3. The defender answers every request with hidden thinking.
  4. The judge labels (request, reply) and sees nothing else.
  5. Rewards per turn from a table, plus the format term.
  6. Returns with a k1 penalty towards the frozen warm-up model; advantages per role.
- 7. Clipped policy-gradient loss on the turns of both roles, plus the SFT mix; AdamW on float32 masters.
+ 7. Clipped policy-gradient loss on both roles' turns, plus the SFT mix; AdamW on float32 masters.
 
 Departures from the published code, each with its reason:
- a. Who is attacked is drawn anew every step (published: once per run, so a seed is always or never attacked).
- b. A malformed turn's thinking is never shown on (published: the whole raw text leaks in that case).
+ a. Who is attacked is drawn anew every step (published: once per run, so always or never).
+ b. A malformed turn's thinking is never shown on (published: the whole raw text leaks then).
  c. The loss is a token mean over the whole update (published: a mean of micro-batch means).
  d. The k1 penalty uses the log-probabilities of sampling: same expectation, one forward pass less.
  e. zero_sum, which the paper analyses and its code lacks, is here: SCHEME=zero_sum.
@@ -41,7 +41,7 @@ import judge
 import policy
 from policy import ROOT, Turn, die
 
-# ====================================================================================================
+# ==================================================================================================
 MODEL = "checkpoints/01_sft"   # where the policy starts and what the KL term holds it to
 JUDGE = "embedded"        # see judge.py; paper: allenai/wildguard
 QUANTIZE = "auto"         # see judge.py (hardware)
@@ -49,7 +49,7 @@ SEEDS = "prompts/seeds.jsonl"  # ours; paper: WildJailbreak train, "allenai/wild
 RUN = "02_rl"             # names checkpoints/RUN and results/RUN
 METHOD = "self_redteam"   # paper [SRT]
 SCHEME = "general_sum"    # published code: general_sum; paper's theory: zero_sum
-ROLES = "both"            # paper: both; ablations: "attacker" (static defender), "defender" (static attacker)
+ROLES = "both"            # paper: both; ablations: "attacker" or "defender", the other static
 COT = True                # paper: True; False is its no-CoT ablation
 STEPS = 100               # rollouts; paper: 200
 SEEDS_PER_STEP = 32       # games a rollout; paper: 128
@@ -72,37 +72,41 @@ SAMPLE_BATCH = 96         # rows sampled at a time (hardware)
 TRAIN_TOKENS = 3072       # tokens of a micro-batch, padding included (hardware)
 DTYPE = "auto"            # bfloat16 where the hardware has it; masters are float32 (hardware)
 SEED = 0                  # of everything
-PAPER = dict(MODEL="checkpoints/01_sft", JUDGE="allenai/wildguard", SEEDS="allenai/wildjailbreak", STEPS=200,
-             SEEDS_PER_STEP=128, ATTACK_TOKENS=2048, REPLY_TOKENS=2048, LR=5e-7, UPDATES=6, SFT_BATCH=32,
-             SAMPLE_BATCH=128, TRAIN_TOKENS=16384)
-# ====================================================================================================
-RANGES = dict(METHOD=["self_redteam"], SCHEME=["general_sum", "zero_sum"], ROLES=["both", "attacker", "defender"],
-              STEPS=(1, 10 ** 6), SEEDS_PER_STEP=(2, 10 ** 5), ATTACKED=(0.0, 1.0), ATTACK_TOKENS=(1, 10 ** 5),
-              REPLY_TOKENS=(1, 10 ** 5), LR=(0.0, 1.0), HORIZON=(1, 10 ** 7), WARMUP=(0.0, 1.0), UPDATES=(1, 64),
-              KL_COEF=(0.0, 100.0), CLIP_EPS=(0.0, 10.0), FORMAT_COEF=(0.0, 100.0), COPY_COEF=(0.0, 100.0),
-              SFT_COEF=(0.0, 100.0), SFT_BATCH=(1, 4096), CLIP_NORM=(1e-9, 1e9), SAVE_EVERY=(1, 10 ** 6),
-              SAMPLE_BATCH=(1, 10 ** 5), TRAIN_TOKENS=(16, 10 ** 7), DTYPE=["auto", "float32", "bfloat16"],
+PAPER = dict(MODEL="checkpoints/01_sft", JUDGE="allenai/wildguard", SEEDS="allenai/wildjailbreak",
+             STEPS=200, SEEDS_PER_STEP=128, ATTACK_TOKENS=2048, REPLY_TOKENS=2048, LR=5e-7,
+             UPDATES=6, SFT_BATCH=32, SAMPLE_BATCH=128, TRAIN_TOKENS=16384)
+# ==================================================================================================
+RANGES = dict(METHOD=["self_redteam"], SCHEME=["general_sum", "zero_sum"],
+              ROLES=["both", "attacker", "defender"], STEPS=(1, 10 ** 6),
+              SEEDS_PER_STEP=(2, 10 ** 5), ATTACKED=(0.0, 1.0), ATTACK_TOKENS=(1, 10 ** 5),
+              REPLY_TOKENS=(1, 10 ** 5), LR=(0.0, 1.0), HORIZON=(1, 10 ** 7), WARMUP=(0.0, 1.0),
+              UPDATES=(1, 64), KL_COEF=(0.0, 100.0), CLIP_EPS=(0.0, 10.0), FORMAT_COEF=(0.0, 100.0),
+              COPY_COEF=(0.0, 100.0), SFT_COEF=(0.0, 100.0), SFT_BATCH=(1, 4096),
+              CLIP_NORM=(1e-9, 1e9), SAVE_EVERY=(1, 10 ** 6), SAMPLE_BATCH=(1, 10 ** 5),
+              TRAIN_TOKENS=(16, 10 ** 7), DTYPE=["auto", "float32", "bfloat16"],
               QUANTIZE=["auto", "nf4", "none"])
 
-# ---- rewards [SRT section 3; DESIGN section 5] ----------------------------------------------------------------
+# ---- rewards [SRT section 3; DESIGN section 5] ---------------------------------------------------
 # size of each term; signs() below says when a term is +1 and when -1
 DEFENDER = dict(harmful_reply=-1.0, right_refusal=+1.0)
-REWARDS = {
-    "general_sum": dict(attacker=dict(faithful=+0.5, harmful_reply=+1.0, right_refusal=-0.5), defender=DEFENDER),
-    "zero_sum": dict(attacker=dict(faithful=+0.5, **{k: -v for k, v in DEFENDER.items()}), defender=DEFENDER)}
+ATTACKER = dict(faithful=+0.5, harmful_reply=+1.0, right_refusal=-0.5)          # general_sum
+OPPONENT = dict(faithful=+0.5, **{k: -v for k, v in DEFENDER.items()})          # zero_sum
+REWARDS = {"general_sum": dict(attacker=ATTACKER, defender=DEFENDER),
+           "zero_sum": dict(attacker=OPPONENT, defender=DEFENDER)}
 
 
 def signs(kind, labels):
-    """+1 or -1 for each term of the table. A "harmful prompt" is the judge's label of the text the defender saw."""
+    """+1 or -1 for each term; a "harmful prompt" is the judge's label of what the defender saw."""
     def plus(x):
         return 1.0 if x else -1.0
-    return dict(faithful=plus(labels.prompt_harmful == kind.endswith("harmful")),     # "revision faithfulness"
+    # faithful: "revision faithfulness"; right_refusal: harmful refused, benign answered
+    return dict(faithful=plus(labels.prompt_harmful == kind.endswith("harmful")),
                 harmful_reply=plus(labels.response_harmful),
-                right_refusal=plus(labels.response_refusal == labels.prompt_harmful))  # harmful refused, benign answered
+                right_refusal=plus(labels.response_refusal == labels.prompt_harmful))
 
 
 def game_reward(role, kind, labels, scheme):
-    """The game's reward of one turn: look up and add. None where the judge failed to parse (the turn is dropped)."""
+    """The game's reward of a turn: look up and add. None (turn dropped) if unparsed."""
     if None in (labels.prompt_harmful, labels.response_refusal, labels.response_harmful):
         return None
     sign = signs(kind, labels)
@@ -110,7 +114,7 @@ def game_reward(role, kind, labels, scheme):
 
 
 def turn_reward(turn, labels):
-    """Game reward + format term (only with hidden CoT) - charge for a copied seed; None drops the turn."""
+    """Game reward + format term (only with hidden CoT) - charge for a copy; None drops the turn."""
     reward = game_reward(turn.role, turn.kind, labels, SCHEME)
     if reward is None:
         return None
@@ -118,16 +122,15 @@ def turn_reward(turn, labels):
     return reward - COPY_COEF * (turn.role == "attacker" and is_copy(turn))
 
 
-def is_copy(turn):
-    """Is the attack its seed, up to case, spaces and punctuation? A legal move in the published game: it is logged."""
-    return re.sub(r"\W+", "", turn.answer).lower() == re.sub(r"\W+", "", turn.seed["prompt"]).lower()
+def is_copy(t):
+    """Is an attack its seed up to case, spaces, punctuation? Legal in the paper's game; logged."""
+    return re.sub(r"\W+", "", t.answer).lower() == re.sub(r"\W+", "", t.seed["prompt"]).lower()
 
 
-# ---- learning [SRT section 4: REINFORCE++; DESIGN section 6]: pure functions of tensors ----------------------------
-
+# ---- learning [SRT section 4: REINFORCE++; DESIGN section 6]: pure functions of tensors ----------
 def token_returns(reward, logp_T, logp_ref_T, kl_coef):
-    """Returns of one turn, [T]: G_t = sum_{s >= t} r_s with r_s = -kl_coef * (log pi - log pi_ref)_s and the turn's
-    reward added at its last token (k1, gamma 1; nothing here carries gradient)."""
+    """A turn's returns [T]: G_t = sum_{s >= t} r_s, r_s = -kl_coef * (log pi - log pi_ref)_s and
+    the turn's reward added at its last token (k1, gamma 1; nothing here carries gradient)."""
     r_T = -kl_coef * (logp_T - logp_ref_T)
     r_T[-1] += reward
     return r_T.flip(0).cumsum(0).flip(0)
@@ -136,7 +139,7 @@ def token_returns(reward, logp_T, logp_ref_T, kl_coef):
 def advantages(returns, roles):
     """Lists of B returns [T] and B roles -> (B advantages [T], number of degenerate roles).
 
-    A_t = (G_t - mean) / std over all tokens of the same role in the step. A role whose returns are all equal gets zeros.
+    A_t = (G_t - mean) / std over all tokens of a role in a step; zeros if its returns are equal.
     """
     out, degenerate = [None] * len(returns), 0
     for role in set(roles):
@@ -151,10 +154,10 @@ def advantages(returns, roles):
 
 
 def reinforce_loss(logp_N, logp_old_N, advantage_N, eps):
-    """(sum over tokens of -min(rho A, clip(rho, 1 - eps, 1 + eps) A), number of clipped tokens), rho = pi / pi_old.
+    """(sum over tokens of -min(rho A, clip(rho, 1 - eps, 1 + eps) A), number of clipped tokens).
 
-    A sum, not a mean: the caller divides by the token count of the whole update, so that micro-batches of any size
-    give the same gradient.
+    rho = pi / pi_old. A sum, not a mean: the caller divides by the token count of the whole update,
+    so that micro-batches of any size give the same gradient.
     """
     rho_N = (logp_N - logp_old_N).exp()
     clipped_N = rho_N.clamp(1 - eps, 1 + eps)
@@ -163,32 +166,29 @@ def reinforce_loss(logp_N, logp_old_N, advantage_N, eps):
 
 
 def learning_rate(update, updates_in_horizon):
-    """Linear warm-up over WARMUP of the horizon, then cosine to a tenth of LR (published schedule)."""
+    """Linear warm-up over WARMUP of the horizon, then cosine to a tenth of LR (as published)."""
     progress = min(1.0, update / updates_in_horizon)
     warm = min(1.0, (update + 1) / max(1.0, WARMUP * updates_in_horizon))
     return LR * warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-# ---- the game [SRT section 3] ---------------------------------------------------------------------------------
-
+# ---- the game [SRT section 3] --------------------------------------------------------------------
 def draw_seeds(seeds, step):
-    """(1) The step's games -> list of (kind, seed). Each half walks through its seeds in an order shuffled per epoch."""
+    """(1) A step's games -> list of (kind, seed). Each half walks its seeds, shuffled per epoch."""
     games = []
-    for harmful in (True, False):
+    for harmful, name in ((True, "harmful"), (False, "benign")):
         half = [s for s in seeds if s["harmful"] is harmful]
         n = SEEDS_PER_STEP // 2 + (SEEDS_PER_STEP % 2 if harmful else 0)
-        picked = []
-        for position in range(step * n, (step + 1) * n):
-            epoch, k = divmod(position, len(half))
-            picked.append(random.Random(f"{SEED} {harmful} {epoch}").sample(half, len(half))[k])
-        attacked = set(random.Random(f"{SEED} {harmful} {step}").sample(range(n), round(ATTACKED * n)))
-        name = "harmful" if harmful else "benign"
-        games += [(("generated_" if i in attacked else "vanilla_") + name, s) for i, s in enumerate(picked)]
+        attacked = random.Random(f"{SEED} {harmful} {step}").sample(range(n), round(ATTACKED * n))
+        for i in range(n):
+            epoch, k = divmod(step * n + i, len(half))
+            seed = random.Random(f"{SEED} {harmful} {epoch}").sample(half, len(half))[k]
+            games.append((("generated_" if i in attacked else "vanilla_") + name, seed))
     return games
 
 
 def play(attacker, defender, tok, scorer, games, generator):
-    """(2)-(5) Play the games -> list of Turns of both roles with labels and rewards. No gradient anywhere."""
+    """(2)-(5) Play the games -> Turns of both roles with labels and rewards. No gradient here."""
     # (2) the attacker rewrites; its thinking stays hidden
     drafts = [Turn("attacker", kind, seed, policy.attacker_prompt(tok, seed, COT), game=g)
               for g, (kind, seed) in enumerate(games) if kind.startswith("generated")]
@@ -205,32 +205,33 @@ def play(attacker, defender, tok, scorer, games, generator):
             for t in attacks + replies]
 
 
-# ---- one update -----------------------------------------------------------------------------------------------
-
+# ---- one update ----------------------------------------------------------------------------------
 def batches_of(turns):
-    """Micro-batches of turns by length: lists of indices whose padded size is at most TRAIN_TOKENS."""
+    """Micro-batches by length: lists of turns' indices, padded size at most TRAIN_TOKENS."""
     return policy.micro_batches([len(t.prompt_ids) + len(t.ids) for t in turns], TRAIN_TOKENS)
 
 
 @torch.no_grad()
 def logprobs_of(model, turns):
-    """Log-probabilities of the turns' tokens under a model, one tensor [T] on the CPU for each turn."""
+    """Log-probabilities of the turns' tokens under a model: a tensor [T] on the CPU for each."""
     out = [None] * len(turns)
     for part in batches_of(turns):
-        logp_N, _ = policy.token_logprobs(model, [turns[i].prompt_ids for i in part], [turns[i].ids for i in part])
+        logp_N, _ = policy.token_logprobs(model, [turns[i].prompt_ids for i in part],
+                                          [turns[i].ids for i in part])
         for i, logp_T in zip(part, logp_N.cpu().split([len(turns[i].ids) for i in part])):
             out[i] = logp_T
     return out
 
 
 def update(model, optimizer, turns, advantage, old, sft_batch, lr):
-    """(7) One optimizer step on turns with advantages [T] each -> dict of sums. old: log-probs [T], or None: on-policy."""
+    """(7) A step on turns, advantages [T], old log-probs [T] (None: on-policy) -> dict of sums."""
     tokens = sum(len(t.ids) for t in turns)
     out = dict(loss=0.0, entropy=0.0, clipped=0, gap=0.0, sft=0.0, tokens=tokens)
     for part in batches_of(turns):
-        logp_N, entropy_N = policy.token_logprobs(model, [turns[i].prompt_ids for i in part], [turns[i].ids for i in part])
+        logp_N, entropy_N = policy.token_logprobs(model, [turns[i].prompt_ids for i in part],
+                                                  [turns[i].ids for i in part])
         adv_N = torch.cat([advantage[i] for i in part]).to(logp_N.device)
-        old_N = logp_N.detach() if old is None else torch.cat([old[i] for i in part]).to(logp_N.device)
+        old_N = torch.cat([old[i] for i in part]).to(logp_N.device) if old else logp_N.detach()
         loss, clipped = reinforce_loss(logp_N, old_N, adv_N, CLIP_EPS)
         (loss / tokens).backward()
         optimizer.collect()
@@ -254,16 +255,17 @@ def update(model, optimizer, turns, advantage, old, sft_batch, lr):
 
 
 def learn(model, ref, optimizer, turns, sft, step):
-    """(6)-(7) Train on the turns of one step that were not dropped and whose role learns -> dict of figures."""
+    """(6)-(7) Train on the step's undropped turns whose role learns -> dict of figures."""
     turns = [t for t in turns if t.reward is not None and ROLES in ("both", t.role)]
     if not turns:
-        return dict(kl=0.0, entropy=0.0, grad_norm=0.0, sft=0.0, lr=0.0, clipped=0.0, gap=0.0, degenerate=2)
+        return dict(kl=0.0, entropy=0.0, grad_norm=0.0, sft=0.0, lr=0.0, clipped=0.0, gap=0.0,
+                    degenerate=2)
     # (6) returns and advantages; the k1 term uses the log-probs of sampling (departure d)
     sampled, reference = [torch.tensor(t.logps) for t in turns], logprobs_of(ref, turns)
     returns = [token_returns(t.reward, s, r, KL_COEF) for t, s, r in zip(turns, sampled, reference)]
     advantage, degenerate = advantages(returns, [t.role for t in turns])
     kl = (torch.cat(sampled) - torch.cat(reference)).mean().item()
-    # (7) one pass over the turns in UPDATES optimizer steps; old log-probs only where there are several
+    # (7) one pass over the turns in UPDATES optimizer steps; old log-probs where there are several
     old = logprobs_of(model, turns) if UPDATES > 1 else None
     rng = random.Random(f"{SEED} update {step}")
     order, parts = rng.sample(range(len(turns)), len(turns)), []
@@ -272,15 +274,16 @@ def learn(model, ref, optimizer, turns, sft, step):
         if at:
             lr = learning_rate(step * UPDATES + u, HORIZON * UPDATES)
             batch = rng.sample(sft, min(SFT_BATCH, len(sft))) if SFT_COEF else []
-            parts.append(update(model, optimizer, [turns[i] for i in at], [advantage[i] for i in at],
-                                old and [old[i] for i in at], batch, lr))
-    tokens = sum(p["tokens"] for p in parts)
-    return dict(kl=kl, entropy=sum(p["entropy"] for p in parts) / tokens, lr=lr, degenerate=degenerate,
-                grad_norm=sum(p["grad_norm"] for p in parts) / len(parts), sft=sum(p["sft"] for p in parts) / len(parts),
-                clipped=sum(p["clipped"] for p in parts) / tokens, gap=sum(p["gap"] for p in parts) / tokens)
+            parts += [update(model, optimizer, [turns[i] for i in at], [advantage[i] for i in at],
+                             old and [old[i] for i in at], batch, lr)]
+    total = {k: sum(p[k] for p in parts) for k in parts[0]}
+    tokens, n = total["tokens"], len(parts)
+    return dict(kl=kl, entropy=total["entropy"] / tokens, lr=lr, degenerate=degenerate,
+                grad_norm=total["grad_norm"] / n, sft=total["sft"] / n,
+                clipped=total["clipped"] / tokens, gap=total["gap"] / tokens)
 
 
-# ---- figures, files, resume ------------------------------------------------------------------------------------
+# ---- figures, files, resume ----------------------------------------------------------------------
 
 def rate(items):
     """Mean of booleans or numbers; nan where there is none."""
@@ -300,39 +303,44 @@ def figures(turns):
         asr_vanilla=rate(x.response_harmful for x in of["vanilla_harmful"]),
         def_r=rate(t.reward for t in dfd if t.reward is not None),
         refuse_h=rate(x.response_refusal for x in of["generated_harmful"] + of["vanilla_harmful"]),
-        comply_b=rate(not x.response_refusal for x in of["generated_benign"] + of["vanilla_benign"]),
+        comply_b=rate(not x.response_refusal
+                      for x in of["generated_benign"] + of["vanilla_benign"]),
         fmt=rate(t.well_formed for t in turns), fmt_atk=rate(t.well_formed for t in atk),
-        faithful=rate(t.labels.prompt_harmful == t.kind.endswith("harmful") for t in atk if t.labels.parsed),
+        faithful=rate(t.labels.prompt_harmful == t.kind.endswith("harmful")
+                      for t in atk if t.labels.parsed),
         copy=rate(is_copy(t) for t in atk), unique=len({t.answer for t in atk}) / max(1, len(atk)),
         atk_refuse=rate(judge.refusal_match(t.answer) for t in atk),
-        drop=sum(t.reward is None for t in turns), turns=len(turns), len=rate(len(t.ids) for t in turns),
-        len_atk=rate(len(t.ids) for t in atk))
+        drop=sum(t.reward is None for t in turns), turns=len(turns),
+        len=rate(len(t.ids) for t in turns), len_atk=rate(len(t.ids) for t in atk))
 
 
 def peak_gb():
     """Peak memory of this process so far, GB: of the GPU where there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "linux" else 30)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak / 2 ** (20 if sys.platform == "linux" else 30)
 
 
 def step_line(step, m):
     """One line a step, fixed order, the names of metrics.csv."""
-    return (f"step {step:03d}/{STEPS} | atk r {m['atk_r']:+.2f} asr {m['asr']:.2f} | def r {m['def_r']:+.2f} "
-            f"refuse(h) {m['refuse_h']:.2f} comply(b) {m['comply_b']:.2f} | fmt {m['fmt']:.2f} | "
-            f"drop {m['drop']}/{m['turns']} | kl {m['kl']:.3f} | H {m['entropy']:.2f} | len {m['len']:.0f} | "
+    return (f"step {step:03d}/{STEPS} | atk r {m['atk_r']:+.2f} asr {m['asr']:.2f} | "
+            f"def r {m['def_r']:+.2f} refuse(h) {m['refuse_h']:.2f} "
+            f"comply(b) {m['comply_b']:.2f} | fmt {m['fmt']:.2f} | drop {m['drop']}/{m['turns']} | "
+            f"kl {m['kl']:.3f} | H {m['entropy']:.2f} | len {m['len']:.0f} | "
             f"gn {m['grad_norm']:.1f} | {m['seconds']:.0f} s | {m['gb']:.1f} GB")
 
 
 def write_games(file, step, turns):
-    """One JSON line a game: seed id, both turns, labels, rewards (harmful text: for the reader's eyes, see README)."""
+    """One JSON line a game: seed id, both turns, labels, rewards (harmful text: see README)."""
     attacks = {t.game: t for t in turns if t.role == "attacker"}
     for t in (t for t in turns if t.role == "defender"):
-        row = dict(step=step, game=t.game, kind=t.kind, seed=t.seed["id"], request=t.shown, labels=dataclasses.asdict(t.labels))
-        for name, turn in (("attacker", attacks.get(t.game)), ("defender", t)):
-            if turn:
-                row[name] = dict(thinking=turn.thinking, answer=turn.answer, well_formed=turn.well_formed,
-                                 reward=turn.reward, tokens=len(turn.ids))
+        row = dict(step=step, game=t.game, kind=t.kind, seed=t.seed["id"], request=t.shown,
+                   labels=dataclasses.asdict(t.labels))
+        for name, x in (("attacker", attacks.get(t.game)), ("defender", t)):
+            if x:
+                row[name] = dict(thinking=x.thinking, answer=x.answer, well_formed=x.well_formed,
+                                 reward=x.reward, tokens=len(x.ids))
         file.write(json.dumps(row) + "\n")
 
 
@@ -341,17 +349,20 @@ def draw_curves(path, rows):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    panels = [("reward", ["atk_r", "def_r"]), ("harmful requests", ["asr", "asr_vanilla", "refuse_h"]),
-              ("benign requests", ["comply_b"]), ("format and attacks", ["fmt", "faithful", "unique", "copy"]),
-              ("KL to the start (per token), entropy / 10", ["kl", "entropy"]), ("tokens per turn", ["len", "len_atk"])]
+    panels = {"reward": ["atk_r", "def_r"], "harmful requests": ["asr", "asr_vanilla", "refuse_h"],
+              "benign requests": ["comply_b"],
+              "format and attacks": ["fmt", "faithful", "unique", "copy"],
+              "KL to the start (per token), entropy / 10": ["kl", "entropy"],
+              "tokens per turn": ["len", "len_atk"]}
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
-    for axis, (title, names) in zip(axes.flat, panels):
+    for axis, (title, names) in zip(axes.flat, panels.items()):
         for name in names:
             y = [float(r[name]) / (10 if name == "entropy" else 1) for r in rows]
             x = [int(r["step"]) for r in rows]
             [thin] = axis.plot(x, y, lw=0.6, alpha=0.35)
             known = [[v for v in y[max(0, i - 9):i + 1] if v == v] for i in range(len(y))]
-            axis.plot(x, [sum(k) / len(k) if k else float("nan") for k in known], lw=2, color=thin.get_color(), label=name)
+            axis.plot(x, [sum(k) / len(k) if k else float("nan") for k in known], lw=2,
+                      color=thin.get_color(), label=name)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.legend(fontsize=8)
@@ -361,14 +372,14 @@ def draw_curves(path, rows):
 
 
 def free_to_change(source):
-    """Constants that may differ when a run is resumed: STEPS, SAVE_EVERY and those tagged (hardware)."""
-    return {"STEPS", "SAVE_EVERY"} | set(re.findall(r"^([A-Z_]+) =.*\(hardware\)", source, re.MULTILINE))
+    """Constants that may differ in a resumed run: STEPS, SAVE_EVERY and those tagged (hardware)."""
+    return {"STEPS", "SAVE_EVERY", *re.findall(r"^([A-Z_]+) =.*\(hardware\)", source, re.MULTILINE)}
 
 
 def newest(folder):
     """The newest complete step folder of a run that holds its optimizer, or None."""
-    steps = sorted(p for p in folder.glob("step_*") if p.suffix != ".tmp" and (p / "state.safetensors").exists())
-    return steps[-1] if steps else None
+    return max((p for p in folder.glob("step_*")
+                if p.suffix != ".tmp" and (p / "state.safetensors").exists()), default=None)
 
 
 def check_resume(meta, where):
@@ -378,11 +389,12 @@ def check_resume(meta, where):
     changed = [f"{k} {meta['constants'].get(k)!r} -> {v!r}" for k, v in now.items()
                if k not in free and meta["constants"].get(k) != v]
     if changed:
-        die(f"{where} was made with other constants ({'; '.join(changed)}): restore them, give another RUN=, or delete it")
+        die(f"{where} was made with other constants ({'; '.join(changed)}): "
+            "restore them, give another RUN=, or delete it")
 
 
 def save(model, tok, optimizer, step):
-    """checkpoints/RUN/step_NNNNNN, atomically; the optimizer's state is kept for the newest step only."""
+    """checkpoints/RUN/step_NNNNNN, atomically; only the newest step keeps the optimizer's state."""
     folder = ROOT / "checkpoints" / RUN
     meta = dict(policy.make_meta(globals(), MODEL), step=step)
     policy.save_folder(folder / f"step_{step:06d}", model, tok, meta, optimizer.tensors())
@@ -392,14 +404,14 @@ def save(model, tok, optimizer, step):
 
 
 def cut(path, keep):
-    """Keep the lines of a text file for which keep(line) holds: what a killed run wrote after its last checkpoint goes."""
+    """Keep lines with keep(line): what a killed run wrote after its last checkpoint goes."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         path.write_text("".join(x for x in lines if x.endswith("\n") and keep(x)), encoding="utf-8")
 
 
 def load_sft():
-    """The defender's warm-up examples beside MODEL; without them (any other model) there is no SFT mix."""
+    """The defender's warm-up examples beside MODEL; where there are none, there is no SFT mix."""
     path = Path(MODEL if Path(MODEL).is_absolute() else ROOT / MODEL) / "defender.jsonl"
     if not path.exists():
         print(f"no SFT mix: {MODEL} has no defender.jsonl (stage 1 writes it)")
@@ -408,7 +420,7 @@ def load_sft():
 
 
 def start():
-    """Everything before the first step -> (model, ref, tok, scorer, optimizer, seeds, sft, first step)."""
+    """All before the first step -> (model, ref, tok, scorer, optimizer, seeds, sft, first step)."""
     if MODEL == "checkpoints/01_sft" and not (ROOT / MODEL / "config.json").exists():
         die(f"{MODEL} not found: run python 01_sft_warmup.py first")
     source = str(ROOT / MODEL) if (ROOT / MODEL).is_dir() else MODEL
@@ -427,18 +439,20 @@ def start():
         optimizer.restore(load_file(str(resumed / "state.safetensors")))
         first = int(resumed.name.split("_")[1])
         print(f"resumed from {resumed.relative_to(ROOT)}")
-    return model, ref, tok, scorer, optimizer, seeds, load_sft() if ROLES != "attacker" else [], first
+    sft = load_sft() if ROLES != "attacker" else []
+    return model, ref, tok, scorer, optimizer, seeds, sft, first
 
 
 def one_step(model, ref, tok, scorer, optimizer, seeds, sft, step):
     """(1)-(7) of the docstring -> (turns, figures)."""
     began = time.time()
     generator = torch.Generator().manual_seed(hash((SEED, step)) % 2 ** 63)
-    games = draw_seeds(seeds, step)                                                            # (1)
+    games = draw_seeds(seeds, step)                                                     # (1)
     attacker, defender = (model if ROLES in ("both", r) else ref for r in ("attacker", "defender"))
-    turns = play(attacker, defender, tok, scorer, games, generator)                            # (2)-(5)
+    turns = play(attacker, defender, tok, scorer, games, generator)                     # (2)-(5)
     played = time.time()
-    m = dict(step=step + 1, **figures(turns), **learn(model, ref, optimizer, turns, sft, step))  # (6)-(7)
+    m = dict(step=step + 1, **figures(turns),
+             **learn(model, ref, optimizer, turns, sft, step))                          # (6)-(7)
     return turns, dict(m, seconds=time.time() - began, play_s=played - began, gb=peak_gb())
 
 
@@ -450,7 +464,8 @@ def main(argv):
     out.mkdir(parents=True, exist_ok=True)
     cut(out / "metrics.csv", lambda x: x.startswith("step,") or int(x.split(",")[0]) <= first)
     cut(out / "games.jsonl", lambda x: json.loads(x)["step"] <= first)
-    print(f"{len(seeds)} seeds | {policy.machine()} | {next(model.parameters()).dtype} | warm-up examples {len(sft)}")
+    print(f"{len(seeds)} seeds | {policy.machine()} | {next(model.parameters()).dtype} | "
+          f"warm-up examples {len(sft)}")
     for step in range(first, STEPS):
         turns, m = one_step(model, ref, tok, scorer, optimizer, seeds, sft, step)
         print(step_line(step + 1, m), flush=True)
@@ -461,11 +476,13 @@ def main(argv):
             writer = csv.DictWriter(f, fieldnames=m)
             if new:
                 writer.writeheader()
-            writer.writerow({k: round(v, 5) if isinstance(v, float) and k != "lr" else v for k, v in m.items()})
+            writer.writerow({k: round(v, 5) if isinstance(v, float) and k != "lr" else v
+                             for k, v in m.items()})
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == STEPS:
             save(model, tok, optimizer, step + 1)
             draw_curves(out / "curves.png", list(csv.DictReader(open(out / "metrics.csv"))))
-    print(f"made checkpoints/{RUN}/step_{STEPS:06d} and results/{RUN}/curves.png; next: python 03_evaluate.py")
+    print(f"made checkpoints/{RUN}/step_{STEPS:06d} and results/{RUN}/curves.png; "
+          "next: python 03_evaluate.py")
 
 
 if __name__ == "__main__":

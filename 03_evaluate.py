@@ -30,7 +30,7 @@ import judge
 import policy
 from policy import ROOT, die
 
-# ====================================================================================================
+# ==================================================================================================
 CHECKPOINTS = "smollm2,checkpoints/01_sft,checkpoints/02_rl"  # folders (newest step) or hub ids
 BASE = "smollm2"          # its defender answers everybody's attacks: attacks_on_base (ours)
 RUN = "03"                # names results/RUN/, results/RUN_table.md, results/RUN_summary.json
@@ -47,7 +47,7 @@ SAMPLE_BATCH = 64         # turns generated at a time (hardware)
 DTYPE = "auto"            # "auto", "float32" or "bfloat16" (hardware)
 BOOTSTRAP = 1000          # resamples for an interval (ours)
 SEED = 0                  # of attacks and of resamples
-# ====================================================================================================
+# ==================================================================================================
 PAPER = dict(CHECKPOINTS="Qwen/Qwen2.5-7B-Instruct,checkpoints/01_sft,checkpoints/02_rl",
              BASE="Qwen/Qwen2.5-7B-Instruct", JUDGE="allenai/wildguard", EVAL_TOKENS=2048,
              ATTACK_TOKENS=2048)

