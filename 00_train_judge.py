@@ -231,13 +231,14 @@ def loss_of(scorer, rows, encoded):
     """Mean over labels of the cross-entropy at the answers, plus LINE_LOSS of the line texts."""
     logits_B3V, _, lines = scorer.answer_logits(encoded)
     target_B3 = torch.tensor([[-100 if r.get(f) is None else scorer.yes if r[f] else scorer.no
-                               for f in FIELDS] for r in rows])
+                               for f in FIELDS] for r in rows], device=scorer.model.device)
     answer = torch.nn.functional.cross_entropy(logits_B3V.flatten(0, 1), target_B3.flatten())
     head, extra = scorer.model.get_output_embeddings(), 0.0
     for hidden_BLD, ids in zip(lines, scorer.line_ids):
         # 2-D: a strided 3-D input copies the weights
         logits = head(hidden_BLD.flatten(0, 1).contiguous()).float()
-        extra = extra + torch.nn.functional.cross_entropy(logits, torch.tensor(ids * len(rows))) / 3
+        target = torch.tensor(ids * len(rows), device=logits.device)
+        extra = extra + torch.nn.functional.cross_entropy(logits, target) / 3
     return answer, answer + LINE_LOSS * extra
 
 

@@ -1,6 +1,6 @@
 """Stage 2, self-play RL: one model attacks and defends; a hand-written REINFORCE++ loop trains it.
 
-    python 02_selfplay_rl.py               100 steps of 32 seeds: ~50 min, 8 GB on 2 cores
+    python 02_selfplay_rl.py               100 steps of 32 seeds: ~60 min, 12 GB on 2 cores
     python 02_selfplay_rl.py --paper       7B policy, WildGuard in NF4 (one 96 GB GPU; not run here)
 
 Paper: Self-RedTeam, arXiv 2506.07468 [SRT], sections 3 (game), 4 and appendix (training). Input:
@@ -180,10 +180,13 @@ def draw_seeds(seeds, step):
         half = [s for s in seeds if s["harmful"] is harmful]
         n = SEEDS_PER_STEP // 2 + (SEEDS_PER_STEP % 2 if harmful else 0)
         attacked = random.Random(f"{SEED} {harmful} {step}").sample(range(n), round(ATTACKED * n))
+        orders = {}  # by epoch; a step may reach into the next one
         for i in range(n):
             epoch, k = divmod(step * n + i, len(half))
-            seed = random.Random(f"{SEED} {harmful} {epoch}").sample(half, len(half))[k]
-            games.append((("generated_" if i in attacked else "vanilla_") + name, seed))
+            if epoch not in orders:
+                shuffler = random.Random(f"{SEED} {harmful} {epoch}")
+                orders[epoch] = shuffler.sample(half, len(half))
+            games.append((("generated_" if i in attacked else "vanilla_") + name, orders[epoch][k]))
     return games
 
 
@@ -207,8 +210,15 @@ def play(attacker, defender, tok, scorer, games, generator):
 
 # ---- one update ----------------------------------------------------------------------------------
 def batches_of(turns):
-    """Micro-batches by length: lists of turns' indices, padded size at most TRAIN_TOKENS."""
-    return policy.micro_batches([len(t.prompt_ids) + len(t.ids) for t in turns], TRAIN_TOKENS)
+    """Micro-batches of turns: lists of indices of at most TRAIN_TOKENS padded tokens, by length, of
+    one instruction each, so that its tokens go through the model once (policy.shared_opening)."""
+    groups, out = {}, []
+    for i, t in enumerate(turns):
+        groups.setdefault((t.role, t.role == "attacker" and t.kind), []).append(i)
+    for group in groups.values():
+        lengths = [len(turns[i].prompt_ids) + len(turns[i].ids) for i in group]
+        out += [[group[k] for k in part] for part in policy.micro_batches(lengths, TRAIN_TOKENS)]
+    return out
 
 
 @torch.no_grad()
@@ -258,8 +268,8 @@ def learn(model, ref, optimizer, turns, sft, step):
     """(6)-(7) Train on the step's undropped turns whose role learns -> dict of figures."""
     turns = [t for t in turns if t.reward is not None and ROLES in ("both", t.role)]
     if not turns:
-        return dict(kl=0.0, entropy=0.0, grad_norm=0.0, sft=0.0, lr=0.0, clipped=0.0, gap=0.0,
-                    degenerate=2)
+        return dict(kl=0.0, entropy=0.0, lr=0.0, degenerate=2, grad_norm=0.0, sft=0.0,
+                    clipped=0.0, gap=0.0)
     # (6) returns and advantages; the k1 term uses the log-probs of sampling (departure d)
     sampled, reference = [torch.tensor(t.logps) for t in turns], logprobs_of(ref, turns)
     returns = [token_returns(t.reward, s, r, KL_COEF) for t, s, r in zip(turns, sampled, reference)]
@@ -284,7 +294,6 @@ def learn(model, ref, optimizer, turns, sft, step):
 
 
 # ---- figures, files, resume ----------------------------------------------------------------------
-
 def rate(items):
     """Mean of booleans or numbers; nan where there is none."""
     items = list(items)

@@ -118,14 +118,8 @@ class Judge:
         training as in use. The opening shared by all rows is computed once and its keys and values
         are expanded.
         """
-        from transformers import DynamicCache
         where, B = self.model.device, len(rows)
-        cache = DynamicCache()
-        shared = _common_prefix(rows)
-        if shared:
-            self.model.base_model(input_ids=torch.tensor([rows[0][:shared]], device=where),
-                                  past_key_values=cache)
-            cache.batch_repeat_interleave(B)
+        shared, cache = policy.shared_opening(self.model, rows)
         ids_BL, length_B = pad([r[shared:] + self.line_ids[0] for r in rows], where)
         hidden = self.model.base_model(input_ids=ids_BL, past_key_values=cache).last_hidden_state
         every = torch.arange(B, device=where)
@@ -174,13 +168,6 @@ class Judge:
             p = {f: calibrated(m, self.calibration[f]) for f, m in zip(FIELDS, margin)}
             labels.append(settle(Labels(*(p[f] > 0.5 for f in FIELDS), parsed=True, p=p), response))
         return labels
-
-
-def _common_prefix(rows):
-    """Length of the common opening of B token lists, at least one token short of the shortest."""
-    first, last = min(rows), max(rows)
-    n = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
-    return min(n, min(map(len, rows)) - 1)
 
 
 def calibrated(margin, calibration):

@@ -538,18 +538,39 @@ def pad(rows, where):
 LOGPROB_CHUNK = 512  # tokens whose V float32 logits exist at a time (hardware: at V = 49k, 100 MB)
 
 
+def common_prefix(rows):
+    """Length of the common opening of B token lists, at least one token short of the shortest."""
+    first, last = min(rows), max(rows)
+    n = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
+    return min(n, min(map(len, rows)) - 1)
+
+
+def shared_opening(model, rows):
+    """What B token lists open with goes through the model once -> (its length, its key/value cache
+    expanded to B rows). Differentiable: the gradients of all rows meet in the one pass."""
+    from transformers import DynamicCache
+    cache, shared = DynamicCache(), common_prefix(rows)
+    if shared:
+        opening = torch.tensor([rows[0][:shared]], device=model.device)
+        model.base_model(input_ids=opening, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(rows))
+    return shared, cache
+
+
 def token_logprobs(model, prompts, completions, temperature=1.0):
     """Log-probability of every completion token -> (logp_N, entropy_N), float32, rows end to end.
 
     prompts, completions: lists of B lists of token ids; N = sum of completion lengths. The
     vocabulary is only visited at completion positions, LOGPROB_CHUNK tokens at a time, and again in
     the backward pass, so logits are never kept. entropy_N carries no gradient. Divided by
-    `temperature` as in sampling.
+    `temperature` as in sampling. The opening that all prompts share is computed once.
     """
-    ids_BL, _ = pad([p + c for p, c in zip(prompts, completions)], model.device)
-    hidden = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
+    shared, cache = shared_opening(model, prompts)
+    ids_BL, _ = pad([p[shared:] + c for p, c in zip(prompts, completions)], model.device)
+    hidden = model.base_model(input_ids=ids_BL, past_key_values=cache,
+                              use_cache=True).last_hidden_state
     row = torch.cat([torch.full((len(c),), b) for b, c in enumerate(completions)]).to(model.device)
-    at = torch.cat([torch.arange(len(c)) + len(p) - 1
+    at = torch.cat([torch.arange(len(c)) + len(p) - shared - 1
                     for p, c in zip(prompts, completions)]).to(model.device)
     hidden_ND, target_N = hidden[row, at], ids_BL[row, at + 1]
     head, parts = model.get_output_embeddings(), []

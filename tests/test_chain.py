@@ -48,7 +48,7 @@ def chain(tiny_models, tmp_path_factory):
     out["four"] = run(*rl, "RUN=b", "STEPS=4")
     out["other"] = run(*rl, "RUN=a", "STEPS=5", "LR=1e-3")
     out["eval"] = run(repo / "03_evaluate.py", "CHECKPOINTS=checkpoints/01_sft,checkpoints/a",
-                      f"JUDGE={m}", f"BASE={q}", "LIMIT=3", f"BASE={q}", "EVAL_TOKENS=8",
+                      f"JUDGE={m}", "LIMIT=3", f"BASE={q}", "EVAL_TOKENS=8",
                       "ATTACK_TOKENS=8", "DTYPE=float32", "BOOTSTRAP=50")
     return out
 
