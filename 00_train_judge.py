@@ -334,7 +334,7 @@ def main(argv):
     print(f"training on {len(picked)} rows, {len(held)} held out")
     train(scorer, picked, ROOT / "checkpoints" / "00_judge" / "state.safetensors")
     wrapped.peft_config["default"].base_model_name_or_path = policy.WHEEL
-    wrapped.save_pretrained(str(ADAPTER))
+    wrapped.save_pretrained(str(ADAPTER), save_embedding_layers=False)
     (ADAPTER / "README.md").unlink()  # peft's empty card; ours is CARD.md
     # (4) calibrate on the held-out prompts, through the merged model that is used later
     (ADAPTER / "calibration.json").write_text(
