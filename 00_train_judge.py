@@ -2,7 +2,7 @@
 
     python 00_train_judge.py DATA_DIR=<folder with JSONL files> [BENCH_DIR=<folder>]
 
-Cost: ~40 min, 6 GB on 2 cores. Input: every *.jsonl of DATA_DIR/train (or DATA_DIR), fields prompt,
+Cost: 48 min, 15 GB on 2 cores. Input: every *.jsonl of DATA_DIR/train (or DATA_DIR), fields prompt,
 response (null: prompt only), prompt_harmful, response_refusal, response_harmful (true, false, or
 null for not labelled), source. Output: judge_adapter/ (committed) with adapter_model.safetensors,
 calibration.json and scores.json; checkpoints/00_judge/ while it runs, for resuming.
