@@ -36,11 +36,11 @@ from policy import ROOT, die, read_prompt
 # ==================================================================================================
 DATA_DIR = ""             # folder with the labelled exchanges, or with a subfolder train/
 BENCH_DIR = ""            # folder with benchmark files; a training prompt found there is dropped
-CAP = 600                # rows per source at most (ours)
+CAP = 600                 # rows per source at most (ours)
 PROMPT_ONLY_CAP = 350     # the same for sources without replies (ours)
 HELD = 900                # held-out rows to calibrate and report on, + 1/3 augmented (hardware)
 AUGMENT = 1400            # augmented rows, spread over the kinds of augment() (ours)
-RANK = 8                  # LoRA rank, all linear layers (ours: 16 was no better)
+RANK = 8                  # LoRA rank, all linear layers (ours; no other was tried)
 ALPHA = 16                # LoRA alpha (ours)
 LR = 7e-4                 # peak, cosine to 0 (ours)
 BATCH = 16                # rows an update (ours)

@@ -1,7 +1,7 @@
 """Stage 2, self-play RL: one model attacks and defends; a hand-written REINFORCE++ loop trains it.
 
     python 02_selfplay_rl.py               100 steps of 32 seeds: ~50 min, 10 GB on 2 cores
-    python 02_selfplay_rl.py --paper       7B policy, WildGuard in NF4 (one 96 GB GPU; not run here)
+    python 02_selfplay_rl.py --paper       7B policy, WildGuard in NF4 (not run; see README)
 
 Paper: Self-RedTeam, arXiv 2506.07468 [SRT], sections 3 (game), 4 and appendix (training). Input:
 MODEL (stage 1's checkpoint), its defender.jsonl, SEEDS, the judge. Output: results/RUN/metrics.csv,

@@ -243,7 +243,7 @@ def _stops(model, tok):
 
 
 def _keep_freed_memory():
-    """glibc returns every large block and faults it in again, a third of a CPU step: keep them."""
+    """glibc returns every large block to the system and faults it in again at its next use."""
     if sys.platform.startswith("linux") and not torch.cuda.is_available():
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
