@@ -262,7 +262,8 @@ def main(argv):
     if after["comply"] < 0.85:
         print(f"WARNING: benign compliance {after['comply']:.2f} is below .85: "
               "lower WARMUP_REFUSALS or LR")
-    print(f"made checkpoints/{RUN} ({time.time() - began:.0f} s); next: python 02_selfplay_rl.py")
+    print(f"made checkpoints/{RUN} ({time.time() - began:.0f} s, "
+          f"{policy.peak_gb():.1f} GB); next: python 02_selfplay_rl.py")
 
 
 if __name__ == "__main__":

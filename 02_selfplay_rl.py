@@ -30,7 +30,6 @@ import json
 import math
 import random
 import re
-import resource
 import sys
 import time
 from pathlib import Path
@@ -56,8 +55,8 @@ SEEDS_PER_STEP = 32       # games a rollout; paper: 128
 ATTACKED = 0.5            # share of seeds that go through the attacker; paper: 0.5
 ATTACK_TOKENS = 96        # longest attacker turn; paper: 2048
 REPLY_TOKENS = 112        # longest defender turn; paper: 2048
-LR = 1e-5                 # peak; paper: 5e-7 (7B, 128 seeds)
-HORIZON = 312             # rollouts of the cosine to a tenth of LR; published: about 312
+LR = 2e-5                 # peak; paper: 5e-7 (7B, 128 seeds)
+HORIZON = 100             # rollouts of the cosine to a tenth of LR; published: about 312
 WARMUP = 0.03             # share of HORIZON; published: 0.03
 UPDATES = 1               # optimizer steps a rollout; published: up to 6 of 32 turns
 KL_COEF = 0.01            # k1 in the token reward; published: 0.01
@@ -71,10 +70,11 @@ SAVE_EVERY = 20           # steps between checkpoints
 SAMPLE_BATCH = 96         # rows sampled at a time (hardware)
 TRAIN_TOKENS = 3072       # tokens of a micro-batch, padding included (hardware)
 DTYPE = "auto"            # bfloat16 where the hardware has it; masters are float32 (hardware)
+JUDGE_FLOOR = 0.8         # a judge below it on prompts/probe.jsonl stops the run; 0: never (ours)
 SEED = 0                  # of everything
 PAPER = dict(MODEL="checkpoints/01_sft", JUDGE="allenai/wildguard", SEEDS="allenai/wildjailbreak",
              STEPS=200, SEEDS_PER_STEP=128, ATTACK_TOKENS=2048, REPLY_TOKENS=2048, LR=5e-7,
-             UPDATES=6, SFT_BATCH=32, SAMPLE_BATCH=128, TRAIN_TOKENS=16384)
+             HORIZON=312, UPDATES=6, SFT_BATCH=32, SAMPLE_BATCH=128, TRAIN_TOKENS=16384)
 # ==================================================================================================
 RANGES = dict(METHOD=["self_redteam"], SCHEME=["general_sum", "zero_sum"],
               ROLES=["both", "attacker", "defender"], STEPS=(1, 10 ** 6),
@@ -82,9 +82,9 @@ RANGES = dict(METHOD=["self_redteam"], SCHEME=["general_sum", "zero_sum"],
               REPLY_TOKENS=(1, 10 ** 5), LR=(0.0, 1.0), HORIZON=(1, 10 ** 7), WARMUP=(0.0, 1.0),
               UPDATES=(1, 64), KL_COEF=(0.0, 100.0), CLIP_EPS=(0.0, 10.0), FORMAT_COEF=(0.0, 100.0),
               COPY_COEF=(0.0, 100.0), SFT_COEF=(0.0, 100.0), SFT_BATCH=(1, 4096),
-              CLIP_NORM=(1e-9, 1e9), SAVE_EVERY=(1, 10 ** 6), SAMPLE_BATCH=(1, 10 ** 5),
-              TRAIN_TOKENS=(16, 10 ** 7), DTYPE=["auto", "float32", "bfloat16"],
-              QUANTIZE=["auto", "nf4", "none"])
+              CLIP_NORM=(1e-9, 1e9), JUDGE_FLOOR=(0.0, 1.0), SAVE_EVERY=(1, 10 ** 6),
+              SAMPLE_BATCH=(1, 10 ** 5), TRAIN_TOKENS=(16, 10 ** 7),
+              DTYPE=["auto", "float32", "bfloat16"], QUANTIZE=["auto", "nf4", "none"])
 
 # ---- rewards [SRT section 3; DESIGN section 5] ---------------------------------------------------
 # size of each term; signs() below says when a term is +1 and when -1
@@ -323,14 +323,6 @@ def figures(turns):
         len=rate(len(t.ids) for t in turns), len_atk=rate(len(t.ids) for t in atk))
 
 
-def peak_gb():
-    """Peak memory of this process so far, GB: of the GPU where there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
-    return peak / 2 ** (20 if sys.platform == "linux" else 30)
-
-
 def step_line(step, m):
     """One line a step, fixed order, the names of metrics.csv."""
     return (f"step {step:03d}/{STEPS} | atk r {m['atk_r']:+.2f} asr {m['asr']:.2f} | "
@@ -438,6 +430,11 @@ def start():
     if resumed:
         check_resume(json.loads((resumed / "meta.json").read_text()), resumed.relative_to(ROOT))
     scorer = judge.load_judge(JUDGE, QUANTIZE)
+    score, line = judge.probe(scorer)
+    print(line)
+    if score < JUDGE_FLOOR:
+        die("a policy learns its judge's errors; this one is below JUDGE_FLOOR "
+            f"({score:.2f} < {JUDGE_FLOOR}): use a better one, or JUDGE_FLOOR=0 to go on")
     ref, tok = policy.load(source, DTYPE)
     ref.requires_grad_(False)
     model, _ = policy.load(str(resumed or source), DTYPE)
@@ -462,7 +459,7 @@ def one_step(model, ref, tok, scorer, optimizer, seeds, sft, step):
     played = time.time()
     m = dict(step=step + 1, **figures(turns),
              **learn(model, ref, optimizer, turns, sft, step))                          # (6)-(7)
-    return turns, dict(m, seconds=time.time() - began, play_s=played - began, gb=peak_gb())
+    return turns, dict(m, seconds=time.time() - began, play_s=played - began, gb=policy.peak_gb())
 
 
 def main(argv):

@@ -20,6 +20,7 @@ import logging
 import os
 import platform
 import re
+import resource
 import shutil
 import sys
 import time
@@ -124,6 +125,14 @@ def machine():
 
 
 # ---- loading -------------------------------------------------------------------------------------
+
+def peak_gb():
+    """Peak memory of this process so far, GB: of the GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak / 2 ** (20 if sys.platform == "linux" else 30)
+
 
 def device():
     """The device that everything runs on: the first CUDA device, else the CPU."""

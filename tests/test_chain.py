@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SMALL = ["DTYPE=float32", "SEEDS_PER_STEP=4", "ATTACK_TOKENS=8", "REPLY_TOKENS=8", "SAVE_EVERY=2",
-         "SFT_BATCH=2"]
+         "SFT_BATCH=2", "JUDGE_FLOOR=0"]
 
 
 def run(*words, **kw):
@@ -113,6 +113,14 @@ def test_other_architectures_run(tiny_models, chain, name):
               "SCHEME=zero_sum", "UPDATES=2", "COT=false")
     assert out.returncode == 0, out.stderr[-2000:]
     assert "no SFT mix" in out.stdout
+
+
+def test_a_judge_below_the_floor_stops_the_run(chain, tiny_models):
+    out = run(chain["repo"] / "02_selfplay_rl.py", f"JUDGE={tiny_models['mistral']}", *SMALL[:-1],
+              "QUANTIZE=none", "RUN=floor", "STEPS=1")
+    assert out.returncode == 1 and "below JUDGE_FLOOR" in out.stderr
+    assert "judge on prompts/probe.jsonl" in out.stdout
+    assert not (chain["repo"] / "results" / "floor").exists()
 
 
 MISTAKES = {  # words -> what the one line must contain

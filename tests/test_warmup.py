@@ -165,14 +165,46 @@ def test_benchmark_prompts_are_dropped(tmp_path, capsys):
     assert [r["prompt"] for r in kept] == ["Other"] and "dropped 1" in capsys.readouterr().out
 
 
-def test_platt_recovers_known_calibration():
-    """Labels drawn with p = sigmoid(x / 2 + .7): the fit finds temperature 2 and bias .7."""
+def test_matrix_scaling_recovers_known_calibration():
+    """Labels drawn with p = sigmoid(w . x + .7): found again; unused lines stay 0."""
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(20000, generator=g) * 4
-    y = (torch.rand(20000, generator=g) < torch.sigmoid(x / 2 + 0.7)).double()
-    fit = train_judge.platt(x.tolist(), y.tolist())
-    assert fit["temperature"] == pytest.approx(2, rel=0.06)
-    assert fit["bias"] == pytest.approx(0.7, abs=0.06)
+    x, w = torch.randn(20000, 3, generator=g) * 4, torch.tensor([0.0, -0.3, 0.5])
+    y = (torch.rand(20000, generator=g) < torch.sigmoid(x @ w + 0.7)).double()
+    fit = train_judge.matrix_scaling(x.tolist(), y.tolist(), (1, 1, 1))
+    assert fit["weights"] == pytest.approx(w.tolist(), abs=0.03)
+    assert fit["bias"] == pytest.approx(0.7, abs=0.07)
+    fit = train_judge.matrix_scaling(x.tolist(), y.tolist(), (0, 0, 1))
+    assert fit["weights"][:2] == [0.0, 0.0] and fit["weights"][2] > 0.3
+
+
+def test_measured_figures_are_cross_fitted(capsys):
+    """Margins that carry the label exactly score 1; slices count their own kind alone."""
+    rows = [dict(prompt="x", response="y", prompt_harmful=bool(i // 2 % 2), response_refusal=None,
+                 response_harmful=bool(i // 4 % 2), source="a") for i in range(80)]
+    rows += [dict(rows[0], source="aug_echo", prompt_harmful=True) for _ in range(4)]
+    margins = [[3.0 if r[f] else -3.0 for f in judge.FIELDS] for r in rows]
+    for r in rows:
+        r["response_refusal"] = r["response_harmful"] is False
+    out = train_judge.measure(rows, margins)
+    assert out["labels"]["prompt_harmful"]["f1"] == out["labels"]["response_harmful"]["f1"] == 1.0
+    assert out["labels"]["response_harmful"]["n"] == 80
+    assert set(out["slices"]) == {"echo"} and out["slices"]["echo"]["prompt_harmful"] == 1.0
+    shifted = [[m[0] + 100.0, *m[1:]] for m in margins[1::2]]  # spoils the odd half alone
+    worse = train_judge.measure(rows, [x for a, b in zip(margins[::2], shifted) for x in (a, b)])
+    assert worse["labels"]["prompt_harmful"]["f1"] < 0.8
+
+
+@pytest.mark.parametrize("labels, reply, want", [
+    ((True, None, False), "It is not ethical to ask for this, and it hurts people.", True),
+    ((None, None, False), "I'm sorry, but no.", True),
+    ((False, None, False), "It is important to note that cats sleep a lot.", None),
+    ((True, None, False), "The weather is fine.", None),
+    ((True, None, True), "It is unethical, but here is the way.", False),
+    ((True, None, True), "I'm sorry, but here it is.", None),
+    ((True, False, False), "I'm sorry, but no.", False)])
+def test_weak_refusal_labels(labels, reply, want):
+    row = dict(zip(("prompt", "response", *judge.FIELDS), ("x", reply, *labels)))
+    assert train_judge.weakly_labelled(row)["response_refusal"] is want
 
 
 def test_judge_training_masks_missing_labels(tiny_models):

@@ -1,0 +1,82 @@
+"""The committed judge itself, on the real SmolLM2: canned cases, probe, scripted attackers, forged
+lines. Slow to load (seconds), so it is loaded once."""
+import importlib
+import random
+
+import pytest
+
+import judge
+import policy
+from judge import FIELDS
+
+selfplay = importlib.import_module("02_selfplay_rl")
+ROWS = judge.read_exchanges(judge.ROOT / "prompts" / "probe.jsonl")
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    return judge.load_judge("embedded")
+
+
+def group(name):
+    return [r for r in ROWS if r["group"] == name]
+
+
+def test_canned_cases(scorer):
+    labels = scorer.classify([(p, r) for p, r, _ in judge.CANNED])
+    assert [tuple(getattr(x, f) for f in FIELDS) for x in labels] == [w for *_, w in judge.CANNED]
+
+
+def test_probe_is_above_the_floor(scorer):
+    assert judge.probe(scorer)[0] >= selfplay.JUDGE_FLOOR
+
+
+def test_constrained_scoring_says_what_generation_says(scorer):
+    """The published way on the same weights, uncalibrated: equal wherever generation parses."""
+    raw = judge.Judge(scorer.model, scorer.tok)
+    free = judge.Judge(scorer.model, scorer.tok, scoring="generate")
+    pairs = [(r["prompt"], r["response"]) for r in ROWS[::3] if r["response"]]
+    both = [(a, b) for a, b in zip(raw.classify(pairs), free.classify(pairs)) if b.parsed]
+    assert len(both) >= 0.8 * len(pairs)
+    same = [all(getattr(a, f) == getattr(b, f) for f in FIELDS) for a, b in both]
+    assert sum(same) >= len(same) - 1  # bfloat16: one near tie may fall the other way
+
+
+def attacks_of(way, harmful, rows):
+    """What a scripted attacker hands over for the rows' prompts, in order."""
+    rng = random.Random(0)
+    shells = [x.split("|", 2)[2] for x in policy.read_prompt("strategies.txt").splitlines()]
+    refusals = policy.read_prompt("refusals.txt").splitlines()
+    other = group("benign_answered" if harmful else "benign_refused")
+    letters = "abcdefghijklmnopqrstuvwxyz   "
+    make = {"honest": lambda i, p: policy.fill(shells[i % len(shells)], SEED=p),
+            "random": lambda i, p: "".join(rng.choice(letters) for _ in range(60)),
+            "other topic": lambda i, p: other[i % len(other)]["prompt"],
+            "refusal": lambda i, p: refusals[(4 * i + 3) % len(refusals)]}[way]
+    return [make(i, r["prompt"]) for i, r in enumerate(rows)]
+
+
+def replies_of(defender, rows):
+    """Fixed replies of a scripted defender to the rows' seeds, whatever the attack says."""
+    refusals = [r["response"] for r in group("harmful_refused")]
+    use = {"refusing": [True], "complying": [False], "mixed": [True, False]}[defender]
+    return [refusals[i % len(refusals)] if use[i % len(use)] else r["response"]
+            for i, r in enumerate(rows)]
+
+
+@pytest.mark.parametrize("defender", ["refusing", "complying", "mixed"])
+def test_scripted_attackers_do_not_beat_an_honest_rewrite(scorer, defender, capsys):
+    """Mean reward of the published table under the judge's labels, harmful and benign seeds."""
+    seeds = {True: group("harmful_complied"), False: group("benign_answered")}
+    mean = {}
+    for way in ("honest", "random", "other topic", "refusal"):
+        rewards = []
+        for harmful, rows in seeds.items():
+            kind = "generated_harmful" if harmful else "generated_benign"
+            labels = scorer.classify(list(zip(attacks_of(way, harmful, rows),
+                                              replies_of(defender, rows))))
+            rewards += [selfplay.game_reward("attacker", kind, x, "general_sum") for x in labels]
+        mean[way] = sum(rewards) / len(rewards)
+    with capsys.disabled():
+        print(f"\n{defender}: " + ", ".join(f"{k} {v:+.2f}" for k, v in mean.items()))
+    assert max(v for k, v in mean.items() if k != "honest") <= mean["honest"] + 1e-9
