@@ -33,8 +33,10 @@ import torch
 
 import judge
 import policy
+import stage
 from judge import ADAPTER, FIELDS
-from policy import ROOT, die, read_prompt
+from policy import read_prompt
+from stage import ROOT, die
 
 # ==================================================================================================
 DATA_DIR = ""             # folder with the labelled exchanges, or with a subfolder train/
@@ -267,7 +269,7 @@ def seed_rows():
     """The training half of the seeds that ship, as prompt-only rows: the game's own distribution.
     Benign ones that sound harmful three times: no other source has many."""
     return [dict(prompt=s["prompt"], response=None, prompt_harmful=s["harmful"], source="own_seeds")
-            for s in policy.load_seeds("prompts/seeds.jsonl", "train")
+            for s in stage.load_seeds("prompts/seeds.jsonl", "train")
             for _ in range(3 if s.get("category") == "sounds_harmful" else 1)]
 
 
@@ -414,7 +416,7 @@ def train_adapter(picked, model, scorer):
         lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", lora_dropout=0.0,
                           task_type="CAUSAL_LM")
         wrapped = get_peft_model(model, lora, autocast_adapter_dtype=False)
-    made_of = json.dumps([policy.constants(globals()), len(picked)], sort_keys=True)
+    made_of = json.dumps([stage.constants(globals()), len(picked)], sort_keys=True)
     state_file = (ROOT / "checkpoints" / "00_judge"
                   / f"{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.safetensors")
     train(scorer, picked, state_file)
@@ -426,7 +428,7 @@ def train_adapter(picked, model, scorer):
 
 def main(argv):
     """The numbered steps of the docstring."""
-    policy.configure(globals(), argv)
+    stage.configure(globals(), argv)
     if not DATA_DIR or not Path(DATA_DIR).is_dir():
         die(f"DATA_DIR={DATA_DIR!r} is no folder: give the folder with the labelled exchanges "
             "(README, 'The judge')")
@@ -458,7 +460,7 @@ def main(argv):
     margins = scorer.margins([scorer.encode(r["prompt"], r.get("response")) for r in held]).tolist()
     (ADAPTER / "calibration.json").write_text(json.dumps(fit(held, margins), indent=1))
     figures = measure(held, margins)
-    meta = policy.make_meta(globals(), policy.WHEEL)
+    meta = stage.make_meta(globals(), policy.WHEEL)
     # no paths of one machine
     meta["constants"].update(DATA_DIR="<labelled exchanges>", BENCH_DIR="<benchmarks>")
     stored = ADAPTER / "scores.json"

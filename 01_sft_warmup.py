@@ -30,7 +30,9 @@ import torch
 
 import judge
 import policy
-from policy import ROOT, die, fill, neutralize, read_prompt
+import stage
+from policy import fill, neutralize, read_prompt
+from stage import ROOT, die
 
 # ==================================================================================================
 MODEL = "smollm2"         # policy before training: "smollm2", a Hugging Face id, or a folder
@@ -233,10 +235,10 @@ def show(tok, row):
 
 def main(argv):
     """The numbered steps of the docstring."""
-    policy.configure(globals(), argv)
+    stage.configure(globals(), argv)
     rng, generator = random.Random(SEED), torch.Generator().manual_seed(SEED)
     torch.manual_seed(SEED)
-    seeds, held_back = policy.load_seeds(SEEDS, "train"), policy.load_seeds(SEEDS, "held_back")
+    seeds, held_back = stage.load_seeds(SEEDS, "train"), stage.load_seeds(SEEDS, "held_back")
     table("strategies.txt", 3), table("warmup_thoughts.txt", 2)  # a bad line stops here, not later
     scorer = judge.load_judge(JUDGE, QUANTIZE)
     model, tok = policy.load(MODEL, DTYPE)
@@ -250,7 +252,7 @@ def main(argv):
     show(tok, rows[0])
     train(model, rows, rng)
     after = probe(model, tok, scorer, held_back, "after ")
-    meta = dict(policy.make_meta(globals(), MODEL), before=before, after=after, examples=kinds)
+    meta = dict(stage.make_meta(globals(), MODEL), before=before, after=after, examples=kinds)
     out = ROOT / "results" / RUN
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "examples.jsonl", "w", encoding="utf-8") as f:
@@ -258,12 +260,12 @@ def main(argv):
                      + "\n" for r in rows)
     mix = "".join(json.dumps({k: r[k] for k in ("kind", "seed", "prompt_ids", "completion_ids")})
                   + "\n" for r in rows if r["role"] == "defender")
-    policy.save_folder(ROOT / "checkpoints" / RUN, model, tok, meta, files={"defender.jsonl": mix})
+    stage.save_folder(ROOT / "checkpoints" / RUN, model, tok, meta, files={"defender.jsonl": mix})
     if after["comply"] < 0.85:
         print(f"WARNING: benign compliance {after['comply']:.2f} is below .85: "
               "lower WARMUP_REFUSALS or LR")
     print(f"made checkpoints/{RUN} ({time.time() - began:.0f} s, "
-          f"{policy.peak_gb():.1f} GB); next: python 02_selfplay_rl.py")
+          f"{stage.peak_gb():.1f} GB); next: python 02_selfplay_rl.py")
 
 
 if __name__ == "__main__":

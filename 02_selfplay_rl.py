@@ -1,16 +1,18 @@
 """Stage 2, self-play RL: one model attacks and defends; a hand-written REINFORCE++ loop trains it.
 
+    python 02_selfplay_rl.py METHOD=ssp    the second paper: other rewards, replay of past failures
     python 02_selfplay_rl.py               100 steps of 32 seeds: ~50 min, 10 GB on 2 cores
     python 02_selfplay_rl.py --paper       7B policy, WildGuard in NF4 (not run; see README)
 
-Paper: Self-RedTeam, arXiv 2506.07468 [SRT], sections 3 (game), 4 and appendix (training). Input:
+Papers: Self-RedTeam, arXiv 2506.07468 [SRT], sections 3 (game), 4 and appendix (training); SSP,
+arXiv 2601.10589 [SSP] (reflective experience replay; its constants are not public). Input:
 MODEL (stage 1's checkpoint), its defender.jsonl, SEEDS, the judge. Output: results/RUN/metrics.csv,
 games.jsonl, curves.png, checkpoints/RUN/step_NNNNNN/; it resumes from the newest complete step.
 
 The loop, as numbered in the code:
  1. Draw seeds, half harmful, half benign; of each half, the share ATTACKED goes to the attacker.
  2. The attacker rewrites its seeds with hidden thinking; only the text inside <answer> leaves it.
- 3. The defender answers every request with hidden thinking.
+ 3. The defender answers every request with hidden thinking; with SSP some are past failures.
  4. The judge labels (request, reply) and sees nothing else.
  5. Rewards per turn from a table, plus the format term.
  6. Returns with a k1 penalty towards the frozen warm-up model; advantages per role.
@@ -29,7 +31,6 @@ import dataclasses
 import json
 import math
 import random
-import re
 import sys
 import time
 from pathlib import Path
@@ -38,7 +39,10 @@ import torch
 
 import judge
 import policy
-from policy import ROOT, Turn, die
+import stage
+import watch
+from policy import Turn
+from stage import ROOT, die
 
 # ==================================================================================================
 MODEL = "checkpoints/01_sft"   # where the policy starts and what the KL term holds it to
@@ -46,12 +50,13 @@ JUDGE = "embedded"        # see judge.py; paper: allenai/wildguard
 QUANTIZE = "auto"         # see judge.py (hardware)
 SEEDS = "prompts/seeds.jsonl"  # ours; paper: WildJailbreak train, "allenai/wildjailbreak"
 RUN = "02_rl"             # names checkpoints/RUN and results/RUN
-METHOD = "self_redteam"   # paper [SRT]
-SCHEME = "general_sum"    # published code: general_sum; paper's theory: zero_sum
+METHOD = "self_redteam"   # paper [SRT]; "ssp": paper [SSP], with its own rewards and replay
+SCHEME = "general_sum"    # of self_redteam; published code: general_sum; theory: zero_sum
 ROLES = "both"            # paper: both; ablations: "attacker" or "defender", the other static
 COT = True                # paper: True; False is its no-CoT ablation
 STEPS = 100               # rollouts; paper: 200
 SEEDS_PER_STEP = 32       # games a rollout; paper: 128
+BENIGN_FRACTION = 0.5     # share of benign seeds; paper [SRT]: 0.5; [SSP] shows none, 0 is its own
 ATTACKED = 0.5            # share of seeds that go through the attacker; paper: 0.5
 ATTACK_TOKENS = 96        # longest attacker turn; paper: 2048
 REPLY_TOKENS = 112        # longest defender turn; paper: 2048
@@ -61,7 +66,14 @@ WARMUP = 0.03             # share of HORIZON; published: 0.03
 UPDATES = 1               # optimizer steps a rollout; published: up to 6 of 32 turns
 KL_COEF = 0.01            # k1 in the token reward; published: 0.01
 CLIP_EPS = 0.2            # paper: 0.2
-FORMAT_COEF = 1.0         # size of the format term; paper: 1.0
+FORMAT_COEF = 1.0         # size of the format term; paper [SRT]: 1.0
+SSP_FORMAT_COEF = 0.25    # the same with METHOD=ssp, whose other rewards are 0 to 1 (ours)
+REPLAY = "reflect"        # METHOD=ssp: "off", "plain", "reflect" (paper)
+REPLAY_FRACTION = 0.25    # share of a step's defender turns that come from the pool (ours)
+UCB_C = 1.0               # exploration in the pool (ours)
+POOL_SIZE = 512           # failures kept at most (ours)
+MASTERED = 0.8            # mean reward above which an item leaves, after 3 visits (ours)
+RUBRIC_JUDGE = ""         # METHOD=ssp: chat model that scores 1..5; "": 1 + 4 p(harmful) of JUDGE
 COPY_COEF = 0.0           # charge for an attack that is its seed unchanged; ours, published: 0
 SFT_COEF = 1.0            # weight of the SFT mix; published: 1.0
 SFT_BATCH = 8             # warm-up examples an update (ours)
@@ -76,7 +88,10 @@ PAPER = dict(MODEL="checkpoints/01_sft", JUDGE="allenai/wildguard", SEEDS="allen
              STEPS=200, SEEDS_PER_STEP=128, ATTACK_TOKENS=2048, REPLY_TOKENS=2048, LR=5e-7,
              HORIZON=312, UPDATES=6, SFT_BATCH=32, SAMPLE_BATCH=128, TRAIN_TOKENS=16384)
 # ==================================================================================================
-RANGES = dict(METHOD=["self_redteam"], SCHEME=["general_sum", "zero_sum"],
+RANGES = dict(METHOD=["self_redteam", "ssp"], REPLAY=["off", "plain", "reflect"],
+              REPLAY_FRACTION=(0.0, 1.0), UCB_C=(0.0, 100.0), POOL_SIZE=(1, 10 ** 6),
+              BENIGN_FRACTION=(0.0, 1.0), MASTERED=(0.0, 1.0), SSP_FORMAT_COEF=(0.0, 100.0),
+              SCHEME=["general_sum", "zero_sum"],
               ROLES=["both", "attacker", "defender"], STEPS=(1, 10 ** 6),
               SEEDS_PER_STEP=(2, 10 ** 5), ATTACKED=(0.0, 1.0), ATTACK_TOKENS=(1, 10 ** 5),
               REPLY_TOKENS=(1, 10 ** 5), LR=(0.0, 1.0), HORIZON=(1, 10 ** 7), WARMUP=(0.0, 1.0),
@@ -109,22 +124,23 @@ def game_reward(role, kind, labels, scheme):
     """The game's reward of a turn: look up and add. None (turn dropped) if unparsed."""
     if None in (labels.prompt_harmful, labels.response_refusal, labels.response_harmful):
         return None
+    if scheme == "ssp":  # complementary, clipped to [0, 1] [SSP]; the benign term is ours
+        lost = ((labels.score - 1) / 4 if kind.endswith("harmful")
+                else labels.p["response_refusal"])
+        return min(1.0, max(0.0, lost if role == "attacker" else 1 - lost))
     sign = signs(kind, labels)
     return sum(size * sign[term] for term, size in REWARDS[scheme][role].items())
 
 
 def turn_reward(turn, labels):
     """Game reward + format term (only with hidden CoT) - charge for a copy; None drops the turn."""
-    reward = game_reward(turn.role, turn.kind, labels, SCHEME)
+    ssp = METHOD == "ssp"
+    reward = game_reward(turn.role, turn.kind, labels, "ssp" if ssp else SCHEME)
     if reward is None:
         return None
-    reward += FORMAT_COEF * (1.0 if turn.well_formed else -1.0) * COT
-    return reward - COPY_COEF * (turn.role == "attacker" and is_copy(turn))
-
-
-def is_copy(t):
-    """Is an attack its seed up to case, spaces, punctuation? Legal in the paper's game; logged."""
-    return re.sub(r"\W+", "", t.answer).lower() == re.sub(r"\W+", "", t.seed["prompt"]).lower()
+    coef = SSP_FORMAT_COEF if ssp else FORMAT_COEF
+    reward += coef * (1.0 if turn.well_formed else -1.0) * COT
+    return reward - COPY_COEF * (turn.role == "attacker" and watch.is_copy(turn))
 
 
 # ---- learning [SRT section 4: REINFORCE++; DESIGN section 6]: pure functions of tensors ----------
@@ -178,7 +194,8 @@ def draw_seeds(seeds, step):
     games = []
     for harmful, name in ((True, "harmful"), (False, "benign")):
         half = [s for s in seeds if s["harmful"] is harmful]
-        n = SEEDS_PER_STEP // 2 + (SEEDS_PER_STEP % 2 if harmful else 0)
+        n_benign = int(BENIGN_FRACTION * SEEDS_PER_STEP)
+        n = SEEDS_PER_STEP - n_benign if harmful else n_benign
         attacked = random.Random(f"{SEED} {harmful} {step}").sample(range(n), round(ATTACKED * n))
         orders = {}  # by epoch; a step may reach into the next one
         for i in range(n):
@@ -190,16 +207,98 @@ def draw_seeds(seeds, step):
     return games
 
 
+# ---- SSP's experience pool [SSP; DESIGN section 7] -----------------------------------------------
+@dataclasses.dataclass(eq=False)
+class Item:
+    """A past failure: what was shown, the last unsafe reply, mean reward over the visits."""
+    number: int
+    seed: dict
+    attack: str
+    reply: str
+    mean: float   # before the first visit: the reward it came in with
+    visits: int = 0
+
+
+class Pool:
+    """Bounded store of failed defences, the least defended and least visited first (UCB)."""
+
+    def __init__(self, text=""):
+        rows = [json.loads(line) for line in text.splitlines()] or [dict(visits=0, born=0, left=[])]
+        self.visits, self.born, self.left = (rows[0][k] for k in ("visits", "born", "left"))
+        self.items = [Item(**r) for r in rows[1:]]
+
+    def text(self):
+        """JSON lines: the totals (left: visits of each mastered item), then an item each."""
+        rows = [dict(visits=self.visits, born=self.born, left=self.left), *map(vars, self.items)]
+        return "".join(json.dumps(r) + "\n" for r in rows)
+
+    def ucb(self, x):
+        """(1 - mean r_def) + c sqrt(ln(1 + N) / (1 + n)); N: all visits of the run (ours)."""
+        return 1 - x.mean + UCB_C * math.sqrt(math.log(1 + self.visits) / (1 + x.visits))
+
+    def top(self, k):
+        """The k items of highest UCB, the older first where equal."""
+        return sorted(self.items, key=lambda x: (-self.ucb(x), x.number))[:k]
+
+    def insert(self, seed, attack, reply, r_def):
+        """A new failure, unless its attack is there; over POOL_SIZE the lowest UCB goes."""
+        if all(x.attack != attack for x in self.items):
+            self.items.append(Item(self.born, seed, attack, reply, r_def))
+            self.born += 1
+            if len(self.items) > POOL_SIZE:
+                self.items.remove(min(self.items, key=lambda x: (self.ucb(x), x.number)))
+
+    def visit(self, x, r_def, reply):
+        """x was answered afresh: count, mean, last unsafe reply; a mastered item leaves."""
+        x.mean = (x.mean * x.visits + r_def) / (x.visits + 1)
+        x.visits, self.visits = x.visits + 1, self.visits + 1
+        x.reply = reply if r_def < 0.5 else x.reply
+        if x.visits >= 3 and x.mean > MASTERED and x in self.items:
+            self.items.remove(x)
+            self.left.append(x.visits)
+
+
+def replays(pool):
+    """A step's games from the pool; with "reflect" every second item also plainly, so that what is
+    learnt holds without the crutch."""
+    room = round(REPLAY_FRACTION * SEEDS_PER_STEP) if METHOD == "ssp" and REPLAY != "off" else 0
+    kinds = ["reflected_harmful", "replayed_harmful"][REPLAY != "reflect":]
+    games = [(kind, x.seed, x) for i, x in enumerate(pool.top(room)) for kind in kinds[:2 - i % 2]]
+    return games[:room]
+
+
+def remember(pool, games, turns):
+    """New failures on harmful seeds enter the pool, replayed items are visited -> mean game reward
+    of fresh and of replayed turns there."""
+    rewards = {True: [], False: []}
+    for t in (t for t in turns if t.role == "defender" and t.reward is not None):
+        if t.kind.endswith("harmful"):
+            r_def = game_reward("defender", t.kind, t.labels, "ssp")
+            item = games[t.game][2:]
+            rewards[bool(item)].append(r_def)
+            if item:
+                pool.visit(item[0], r_def, t.answer)
+            elif r_def < 0.5:
+                pool.insert(t.seed, t.shown, t.answer, r_def)
+    return dict(r_fresh=watch.rate(rewards[False]), r_replay=watch.rate(rewards[True]),
+                pool=len(pool.items), mastered=len(pool.left) / max(1, pool.born))
+
+
 def play(attacker, defender, tok, scorer, games, generator):
-    """(2)-(5) Play the games -> Turns of both roles with labels and rewards. No gradient here."""
+    """(2)-(5) Play the games (kind, seed, pool item if replayed) -> Turns of both roles with labels
+    and rewards. No gradient here."""
     # (2) the attacker rewrites; its thinking stays hidden
     drafts = [Turn("attacker", kind, seed, policy.attacker_prompt(tok, seed, COT), game=g)
-              for g, (kind, seed) in enumerate(games) if kind.startswith("generated")]
+              for g, (kind, seed, *_) in enumerate(games) if kind.startswith("generated")]
     attacks = policy.speak(attacker, tok, drafts, COT, ATTACK_TOKENS, 1.0, SAMPLE_BATCH, generator)
     shown = {t.game: t.answer for t in attacks}
-    # (3) the defender answers the attack, or the seed itself
-    drafts = [Turn("defender", kind, seed, policy.defender_prompt(tok, text, COT), text, game=g)
-              for g, (kind, seed) in enumerate(games) for text in [shown.get(g, seed["prompt"])]]
+    # (3) the defender answers the attack, the seed itself, or an attack that once worked
+    drafts = []
+    for g, (kind, seed, *item) in enumerate(games):
+        text = item[0].attack if item else shown.get(g, seed["prompt"])
+        unsafe = item[0].reply if kind.startswith("reflected") else None
+        ids = policy.defender_prompt(tok, text, COT, unsafe)
+        drafts += [Turn("defender", kind, seed, ids, text, game=g)]
     replies = policy.speak(defender, tok, drafts, COT, REPLY_TOKENS, 1.0, SAMPLE_BATCH, generator)
     # (4) the judge sees (request, reply)
     labels = scorer.classify([(t.shown, t.answer) for t in replies])
@@ -214,7 +313,8 @@ def batches_of(turns):
     one instruction each, so that its tokens go through the model once (policy.shared_opening)."""
     groups, out = {}, []
     for i, t in enumerate(turns):
-        groups.setdefault((t.role, t.role == "attacker" and t.kind), []).append(i)
+        own = t.role == "attacker" or t.kind.startswith("reflected")  # has its own instruction
+        groups.setdefault((t.role, own and t.kind), []).append(i)
     for group in groups.values():
         lengths = [len(turns[i].prompt_ids) + len(turns[i].ids) for i in group]
         out += [[group[k] for k in part] for part in policy.micro_batches(lengths, TRAIN_TOKENS)]
@@ -294,121 +394,15 @@ def learn(model, ref, optimizer, turns, sft, step):
 
 
 # ---- figures, files, resume ----------------------------------------------------------------------
-def rate(items):
-    """Mean of booleans or numbers; nan where there is none."""
-    items = list(items)
-    return sum(map(float, items)) / len(items) if items else float("nan")
-
-
-def figures(turns):
-    """What a step is watched by -> dict; names as in the step line and metrics.csv."""
-    atk, dfd = ([t for t in turns if t.role == r] for r in ("attacker", "defender"))
-    seen = [t for t in dfd if t.labels.parsed]
-    of = {k: [t.labels for t in seen if t.kind == k] for k in
-          ("generated_harmful", "vanilla_harmful", "generated_benign", "vanilla_benign")}
-    return dict(
-        atk_r=rate(t.reward for t in atk if t.reward is not None),
-        asr=rate(x.response_harmful for x in of["generated_harmful"]),
-        asr_vanilla=rate(x.response_harmful for x in of["vanilla_harmful"]),
-        def_r=rate(t.reward for t in dfd if t.reward is not None),
-        refuse_h=rate(x.response_refusal for x in of["generated_harmful"] + of["vanilla_harmful"]),
-        comply_b=rate(not x.response_refusal
-                      for x in of["generated_benign"] + of["vanilla_benign"]),
-        fmt=rate(t.well_formed for t in turns), fmt_atk=rate(t.well_formed for t in atk),
-        faithful=rate(t.labels.prompt_harmful == t.kind.endswith("harmful")
-                      for t in atk if t.labels.parsed),
-        copy=rate(is_copy(t) for t in atk), unique=len({t.answer for t in atk}) / max(1, len(atk)),
-        atk_refuse=rate(judge.refusal_match(t.answer) for t in atk),
-        drop=sum(t.reward is None for t in turns), turns=len(turns),
-        len=rate(len(t.ids) for t in turns), len_atk=rate(len(t.ids) for t in atk))
-
-
-def step_line(step, m):
-    """One line a step, fixed order, the names of metrics.csv."""
-    return (f"step {step:03d}/{STEPS} | atk r {m['atk_r']:+.2f} asr {m['asr']:.2f} | "
-            f"def r {m['def_r']:+.2f} refuse(h) {m['refuse_h']:.2f} "
-            f"comply(b) {m['comply_b']:.2f} | fmt {m['fmt']:.2f} | drop {m['drop']}/{m['turns']} | "
-            f"kl {m['kl']:.3f} | H {m['entropy']:.2f} | len {m['len']:.0f} | "
-            f"gn {m['grad_norm']:.1f} | {m['seconds']:.0f} s | {m['gb']:.1f} GB")
-
-
-def write_games(file, step, turns):
-    """One JSON line a game: seed id, both turns, labels, rewards (harmful text: see README)."""
-    attacks = {t.game: t for t in turns if t.role == "attacker"}
-    for t in (t for t in turns if t.role == "defender"):
-        row = dict(step=step, game=t.game, kind=t.kind, seed=t.seed["id"], request=t.shown,
-                   labels=dataclasses.asdict(t.labels))
-        for name, x in (("attacker", attacks.get(t.game)), ("defender", t)):
-            if x:
-                row[name] = dict(thinking=x.thinking, answer=x.answer, well_formed=x.well_formed,
-                                 reward=x.reward, tokens=len(x.ids))
-        file.write(json.dumps(row) + "\n")
-
-
-def draw_curves(path, rows):
-    """metrics.csv as one picture: thin lines are steps, thick lines means over 10 steps."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    panels = {"reward": ["atk_r", "def_r"], "harmful requests": ["asr", "asr_vanilla", "refuse_h"],
-              "benign requests": ["comply_b"],
-              "format and attacks": ["fmt", "faithful", "unique", "copy"],
-              "KL to the start (per token), entropy / 10": ["kl", "entropy"],
-              "tokens per turn": ["len", "len_atk"]}
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
-    for axis, (title, names) in zip(axes.flat, panels.items()):
-        for name in names:
-            y = [float(r[name]) / (10 if name == "entropy" else 1) for r in rows]
-            x = [int(r["step"]) for r in rows]
-            [thin] = axis.plot(x, y, lw=0.6, alpha=0.35)
-            known = [[v for v in y[max(0, i - 9):i + 1] if v == v] for i in range(len(y))]
-            axis.plot(x, [sum(k) / len(k) if k else float("nan") for k in known], lw=2,
-                      color=thin.get_color(), label=name)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step")
-        axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def free_to_change(source):
-    """Constants that may differ in a resumed run: STEPS, SAVE_EVERY and those tagged (hardware)."""
-    return {"STEPS", "SAVE_EVERY", *re.findall(r"^([A-Z_]+) =.*\(hardware\)", source, re.MULTILINE)}
-
-
-def newest(folder):
-    """The newest complete step folder of a run that holds its optimizer, or None."""
-    return max((p for p in folder.glob("step_*")
-                if p.suffix != ".tmp" and (p / "state.safetensors").exists()), default=None)
-
-
-def check_resume(meta, where):
-    """A run goes on only with the constants it began with."""
-    free = free_to_change(Path(__file__).read_text())
-    now = policy.constants(globals())
-    changed = [f"{k} {meta['constants'].get(k)!r} -> {v!r}" for k, v in now.items()
-               if k not in free and meta["constants"].get(k) != v]
-    if changed:
-        die(f"{where} was made with other constants ({'; '.join(changed)}): "
-            "restore them, give another RUN=, or delete it")
-
-
-def save(model, tok, optimizer, step):
+def save(model, tok, optimizer, pool, step):
     """checkpoints/RUN/step_NNNNNN, atomically; only the newest step keeps the optimizer's state."""
     folder = ROOT / "checkpoints" / RUN
-    meta = dict(policy.make_meta(globals(), MODEL), step=step)
-    policy.save_folder(folder / f"step_{step:06d}", model, tok, meta, optimizer.tensors())
+    meta = dict(stage.make_meta(globals(), MODEL), step=step)
+    stage.save_folder(folder / f"step_{step:06d}", model, tok, meta, optimizer.tensors(),
+                      {"pool.jsonl": pool.text()} if METHOD == "ssp" else {})
     for old in folder.glob("step_*"):
         if old.name != f"step_{step:06d}":
             (old / "state.safetensors").unlink(missing_ok=True)
-
-
-def cut(path, keep):
-    """Keep lines with keep(line): what a killed run wrote after its last checkpoint goes."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(x for x in lines if x.endswith("\n") and keep(x)), encoding="utf-8")
 
 
 def load_sft():
@@ -421,15 +415,15 @@ def load_sft():
 
 
 def start():
-    """All before the first step -> (model, ref, tok, scorer, optimizer, seeds, sft, first step)."""
+    """-> (model, ref, tok, scorer, optimizer, pool, seeds, sft, first step): new or resumed."""
     if MODEL == "checkpoints/01_sft" and not (ROOT / MODEL / "config.json").exists():
         die(f"{MODEL} not found: run python 01_sft_warmup.py first")
     source = str(ROOT / MODEL) if (ROOT / MODEL).is_dir() else MODEL
-    seeds = policy.load_seeds(SEEDS, "train")
-    resumed = newest(ROOT / "checkpoints" / RUN)
+    seeds = stage.load_seeds(SEEDS, "train")
+    resumed = stage.newest(ROOT / "checkpoints" / RUN)
     if resumed:
-        check_resume(json.loads((resumed / "meta.json").read_text()), resumed.relative_to(ROOT))
-    scorer = judge.load_judge(JUDGE, QUANTIZE)
+        stage.check_resume(globals(), resumed)
+    scorer = judge.load_judge(JUDGE, QUANTIZE, rubric=RUBRIC_JUDGE if METHOD == "ssp" else "")
     score, line = judge.probe(scorer)
     print(line)
     if score < JUDGE_FLOOR:
@@ -439,44 +433,49 @@ def start():
     ref.requires_grad_(False)
     model, _ = policy.load(str(resumed or source), DTYPE)
     optimizer = policy.MasterAdamW(model, (0.9, 0.95), 0.0)
-    first = 0
+    first, pool = 0, Pool()
     if resumed:
         from safetensors.torch import load_file
         optimizer.restore(load_file(str(resumed / "state.safetensors")))
         first = int(resumed.name.split("_")[1])
+        pool = Pool((resumed / "pool.jsonl").read_text()) if METHOD == "ssp" else pool
         print(f"resumed from {resumed.relative_to(ROOT)}")
     sft = load_sft() if ROLES != "attacker" else []
-    return model, ref, tok, scorer, optimizer, seeds, sft, first
+    return model, ref, tok, scorer, optimizer, pool, seeds, sft, first
 
 
-def one_step(model, ref, tok, scorer, optimizer, seeds, sft, step):
+def one_step(model, ref, tok, scorer, optimizer, pool, seeds, sft, step):
     """(1)-(7) of the docstring -> (turns, figures)."""
     began = time.time()
     generator = torch.Generator().manual_seed(hash((SEED, step)) % 2 ** 63)
-    games = draw_seeds(seeds, step)                                                     # (1)
+    old = replays(pool)  # in the place of as many fresh harmful games
+    n_harmful = SEEDS_PER_STEP - int(BENIGN_FRACTION * SEEDS_PER_STEP)
+    fresh = draw_seeds(seeds, step)                                                     # (1)
+    games = fresh[:max(0, n_harmful - len(old))] + fresh[n_harmful:] + old
     attacker, defender = (model if ROLES in ("both", r) else ref for r in ("attacker", "defender"))
     turns = play(attacker, defender, tok, scorer, games, generator)                     # (2)-(5)
     played = time.time()
-    m = dict(step=step + 1, **figures(turns),
+    m = dict(step=step + 1, **watch.figures(turns),
+             **(remember(pool, games, turns) if METHOD == "ssp" else {}),
              **learn(model, ref, optimizer, turns, sft, step))                          # (6)-(7)
-    return turns, dict(m, seconds=time.time() - began, play_s=played - began, gb=policy.peak_gb())
+    return turns, dict(m, seconds=time.time() - began, play_s=played - began, gb=stage.peak_gb())
 
 
 def main(argv):
     """Self-play from the newest checkpoint to STEPS."""
-    policy.configure(globals(), argv)
-    model, ref, tok, scorer, optimizer, seeds, sft, first = start()
+    stage.configure(globals(), argv)
+    model, ref, tok, scorer, optimizer, pool, seeds, sft, first = start()
     out = ROOT / "results" / RUN
     out.mkdir(parents=True, exist_ok=True)
-    cut(out / "metrics.csv", lambda x: x.startswith("step,") or int(x.split(",")[0]) <= first)
-    cut(out / "games.jsonl", lambda x: json.loads(x)["step"] <= first)
-    print(f"{len(seeds)} seeds | {policy.machine()} | {next(model.parameters()).dtype} | "
+    stage.cut(out / "metrics.csv", lambda x: x.startswith("step,") or int(x.split(",")[0]) <= first)
+    stage.cut(out / "games.jsonl", lambda x: json.loads(x)["step"] <= first)
+    print(f"{len(seeds)} seeds | {stage.machine()} | {next(model.parameters()).dtype} | "
           f"warm-up examples {len(sft)}")
     for step in range(first, STEPS):
-        turns, m = one_step(model, ref, tok, scorer, optimizer, seeds, sft, step)
-        print(step_line(step + 1, m), flush=True)
+        turns, m = one_step(model, ref, tok, scorer, optimizer, pool, seeds, sft, step)
+        print(watch.step_line(step + 1, STEPS, m), flush=True)
         with open(out / "games.jsonl", "a", encoding="utf-8") as f:
-            write_games(f, step + 1, turns)
+            watch.write_games(f, step + 1, turns)
         new = not (out / "metrics.csv").exists()
         with open(out / "metrics.csv", "a", newline="") as f:
             writer = csv.DictWriter(f, fieldnames=m)
@@ -485,8 +484,11 @@ def main(argv):
             writer.writerow({k: round(v, 5) if isinstance(v, float) and k != "lr" else v
                              for k, v in m.items()})
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == STEPS:
-            save(model, tok, optimizer, step + 1)
-            draw_curves(out / "curves.png", list(csv.DictReader(open(out / "metrics.csv"))))
+            save(model, tok, optimizer, pool, step + 1)
+            if METHOD == "ssp":
+                (out / "pool.jsonl").write_text(pool.text())
+            watch.draw_curves(out / "curves.png", list(csv.DictReader(open(out / "metrics.csv"))),
+                              pool.left + [x.visits for x in pool.items])
     print(f"made checkpoints/{RUN}/step_{STEPS:06d} and results/{RUN}/curves.png; "
           "next: python 03_evaluate.py")
 

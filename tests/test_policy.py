@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import policy
+import stage
 
 KINDS = ("qwen2", "llama", "mistral")
 
@@ -704,7 +705,7 @@ def test_save_folder_round_trip(loaded, tmp_path, kind):
     leftover.mkdir()
     (leftover / "model.safetensors").write_text("half a file of a run that was killed")
     (leftover / "junk").write_text("x")
-    policy.save_folder(folder, model, tok, dict(step=1),
+    stage.save_folder(folder, model, tok, dict(step=1),
                        dict(a=torch.arange(3), b=torch.ones(2, 2)[:, :1]))
     assert not leftover.exists() and not (folder / "junk").exists()
     assert json.loads((folder / "meta.json").read_text()) == dict(step=1)
@@ -726,7 +727,7 @@ def test_save_folder_round_trip(loaded, tmp_path, kind):
 def test_save_folder_replaces_whole_or_not_at_all(loaded, tmp_path):
     model, tok = loaded["qwen2"]
     folder = tmp_path / "ck"
-    policy.save_folder(folder, model, tok, dict(step=1), dict(a=torch.ones(1)))
+    stage.save_folder(folder, model, tok, dict(step=1), dict(a=torch.ones(1)))
     (folder / "old").write_text("x")
 
     class Breaks:
@@ -734,10 +735,10 @@ def test_save_folder_replaces_whole_or_not_at_all(loaded, tmp_path):
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        policy.save_folder(folder, model, Breaks(), dict(step=2))
+        stage.save_folder(folder, model, Breaks(), dict(step=2))
     assert (json.loads((folder / "meta.json").read_text())["step"] == 1
             and (folder / "state.safetensors").exists())
-    policy.save_folder(folder, model, tok, dict(step=3))
+    stage.save_folder(folder, model, tok, dict(step=3))
     assert json.loads((folder / "meta.json").read_text())["step"] == 3
     assert not (folder / "old").exists() and not (folder / "state.safetensors").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["ck"]
@@ -749,7 +750,7 @@ def test_save_folder_with_a_sloppy_generation_config(loaded, tmp_path):
     model, tok = copy.deepcopy(loaded["llama"][0]), loaded["llama"][1]
     (model.generation_config.do_sample, model.generation_config.temperature,
      model.generation_config.top_p) = False, 0.6, 0.9
-    policy.save_folder(tmp_path / "ck", model, tok, {})
+    stage.save_folder(tmp_path / "ck", model, tok, {})
     assert policy.load(str(tmp_path / "ck"), "float32")[1].stop_ids == tok.stop_ids
 
 
@@ -850,11 +851,11 @@ DEFAULTS = dict(STEPS=20, LR=1e-5, COT=True, MODEL="smollm2", ROLES="both")
     (["STEPS=3", "--paper"], dict(STEPS=3, MODEL="Qwen/Qwen2.5-7B-Instruct")),
 ])
 def test_configure_sets(fake, capsys, argv, changed):
-    policy.configure(fake, argv)
+    stage.configure(fake, argv)
     want = {**DEFAULTS, **changed}
     got = {k: fake[k] for k in want}
     assert got == want and [type(v) for v in got.values()] == [type(v) for v in want.values()]
-    assert policy.constants(fake) == want
+    assert stage.constants(fake) == want
     printed = capsys.readouterr().out
     for word in argv:  # every override is printed
         assert word == "--paper" or f"{word.partition('=')[0]} = " in printed
@@ -884,7 +885,7 @@ def test_configure_sets(fake, capsys, argv, changed):
 ])
 def test_configure_refuses(fake, argv, says):
     with pytest.raises(SystemExit) as problem:
-        policy.configure(fake, argv)
+        stage.configure(fake, argv)
     text = one_line(problem)
     assert all(s in text for s in says), text
 
@@ -892,7 +893,7 @@ def test_configure_refuses(fake, argv, says):
 def test_configure_help(fake, capsys):
     for word in ("--help", "-h"):
         with pytest.raises(SystemExit) as problem:
-            policy.configure(fake, ["STEPS=3", word])
+            stage.configure(fake, ["STEPS=3", word])
         assert problem.value.code in (0, None)
         printed = capsys.readouterr().out
         assert printed.startswith("A fake stage.") and "python 09_fake.py" in printed
@@ -903,19 +904,19 @@ def test_configure_help(fake, capsys):
 def test_configure_without_paper_block(fake):
     del fake["PAPER"]
     with pytest.raises(SystemExit) as problem:
-        policy.configure(fake, ["--paper"])
+        stage.configure(fake, ["--paper"])
     assert "09_fake.py" in one_line(problem)
 
 
 def test_make_meta(fake, monkeypatch, tmp_path):
-    meta = policy.make_meta(fake, "checkpoints/01_sft")
+    meta = stage.make_meta(fake, "checkpoints/01_sft")
     assert (meta["stage"], meta["parent"], meta["constants"]) == (
         "09_fake.py", "checkpoints/01_sft", DEFAULTS)
     json.dumps(meta)
     (tmp_path / "prompts").mkdir()
     monkeypatch.setattr(policy, "PROMPTS", tmp_path / "prompts")
     (tmp_path / "prompts" / "a.txt").write_text("x")
-    assert policy.make_meta(fake, "")["prompts_sha256"] == hashlib.sha256(b"a.txtx").hexdigest()
+    assert stage.make_meta(fake, "")["prompts_sha256"] == hashlib.sha256(b"a.txtx").hexdigest()
 
 
 # ---- seeds ---------------------------------------------------------------------------------------
@@ -933,10 +934,10 @@ def write(path, lines):
 
 def test_load_seeds(tmp_path):
     path = write(tmp_path / "s.jsonl", GOOD)
-    seeds = policy.load_seeds(path)
+    seeds = stage.load_seeds(path)
     assert [(s["id"], s["prompt"], s["harmful"]) for s in seeds] == [
         ("a", "first", True), ("b", "second", False), ("c", "third", False), ("d", "fourth", True)]
-    assert [s["id"] for s in policy.load_seeds(path, "held_back")] == ["c", "d"]
+    assert [s["id"] for s in stage.load_seeds(path, "held_back")] == ["c", "d"]
     assert seeds[0]["category"] == "c" and seeds[0]["split"] == "train"
 
 
@@ -944,7 +945,7 @@ def test_load_seeds_from_csv_with_bom(tmp_path):
     path = tmp_path / "mine.csv"
     path.write_bytes('\ufeffprompt,harmful\n"one, with a comma\nand a second line",TRUE\n'
                      'zwölf,0\nthree,false\n'.encode())
-    seeds = policy.load_seeds(str(path))
+    seeds = stage.load_seeds(str(path))
     assert [(s["prompt"], s["harmful"]) for s in seeds] == [
         ("one, with a comma\nand a second line", True), ("zwölf", False), ("three", False)]
     assert len({s["id"] for s in seeds}) == 3
@@ -953,7 +954,7 @@ def test_load_seeds_from_csv_with_bom(tmp_path):
 def test_load_seeds_of_several_files(tmp_path):
     own = write(tmp_path / "own.jsonl", ['{"prompt": "mine", "harmful": true}'])
     path = write(tmp_path / "s.jsonl", GOOD)
-    assert [s["prompt"] for s in policy.load_seeds(f"{path},{own}")] == [
+    assert [s["prompt"] for s in stage.load_seeds(f"{path},{own}")] == [
         "first", "second", "third", "fourth", "mine"]
 
 
@@ -965,14 +966,14 @@ def test_lines_without_a_split_are_split_by_their_prompt(tmp_path):
     for order in (prompts, prompts[::-1]):
         path = write(tmp_path / "s.jsonl", [json.dumps(dict(prompt=p, harmful=i % 2 == 0))
                                             for i, p in enumerate(order)])
-        assert {s["prompt"] for s in policy.load_seeds(path, "held_back")} == set(held)
-        assert {s["prompt"] for s in policy.load_seeds(path, "train")} == set(prompts) - set(held)
-        assert len(policy.load_seeds(path)) == 400
+        assert {s["prompt"] for s in stage.load_seeds(path, "held_back")} == set(held)
+        assert {s["prompt"] for s in stage.load_seeds(path, "train")} == set(prompts) - set(held)
+        assert len(stage.load_seeds(path)) == 400
 
 
 def test_load_seeds_that_ship():
     for split in ("train", "held_back"):
-        seeds = policy.load_seeds("prompts/seeds.jsonl", split)
+        seeds = stage.load_seeds("prompts/seeds.jsonl", split)
         assert ({s["harmful"] for s in seeds} == {True, False}
                 and {s["split"] for s in seeds} == {split})
         assert len({s["id"] for s in seeds}) == len(seeds)
@@ -993,7 +994,7 @@ def test_load_seeds_that_ship():
 def test_load_seeds_names_the_line(tmp_path, line, says):
     path = write(tmp_path / "s.jsonl", [GOOD[0], line, GOOD[1]])
     with pytest.raises(SystemExit) as problem:
-        policy.load_seeds(path)
+        stage.load_seeds(path)
     text = one_line(problem)
     assert "s.jsonl" in text and all(s in text for s in says), text
 
@@ -1004,12 +1005,12 @@ def test_load_seeds_names_what_is_missing(tmp_path):
                          (write(tmp_path / "h.jsonl", GOOD[:1]), "benign"),
                          (write(tmp_path / "b.jsonl", GOOD[1:2]), "harmful")):
         with pytest.raises(SystemExit) as problem:
-            policy.load_seeds(source)
+            stage.load_seeds(source)
         assert says in one_line(problem)
     bad = tmp_path / "bad.csv"
     bad.write_text("prompt,harmful\nx,true\ny,perhaps\n")
     with pytest.raises(SystemExit) as problem:
-        policy.load_seeds(str(bad))
+        stage.load_seeds(str(bad))
     assert "line 3" in one_line(problem)
 
 

@@ -14,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import judge  # noqa: E402
 import policy  # noqa: E402
+import stage  # noqa: E402
 
 rl = importlib.import_module("02_selfplay_rl")
 L = judge.Labels
@@ -298,7 +299,7 @@ def test_shuffled_rewards_teach_nothing(tiny_models, small):
 def test_cut_drops_what_a_killed_run_left(tmp_path):
     f = tmp_path / "games.jsonl"
     f.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    rl.cut(f, lambda x: json.loads(x)["step"] <= 2)
+    stage.cut(f, lambda x: json.loads(x)["step"] <= 2)
     assert f.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
