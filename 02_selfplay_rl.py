@@ -124,6 +124,8 @@ def game_reward(role, kind, labels, scheme):
     """The game's reward of a turn: look up and add. None (turn dropped) if unparsed."""
     if None in (labels.prompt_harmful, labels.response_refusal, labels.response_harmful):
         return None
+    if scheme == "ssp" and (labels.score is None or "response_refusal" not in labels.p):
+        return None  # a judge that only generates gives no probabilities
     if scheme == "ssp":  # complementary, clipped to [0, 1] [SSP]; the benign term is ours
         lost = ((labels.score - 1) / 4 if kind.endswith("harmful")
                 else labels.p["response_refusal"])

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import judge  # noqa: E402
 import policy  # noqa: E402
 import stage  # noqa: E402
+import watch  # noqa: E402
 
 rl = importlib.import_module("02_selfplay_rl")
 L = judge.Labels
@@ -69,7 +70,7 @@ def test_format_and_copy_terms(monkeypatch):
     assert [rl.turn_reward(turn(well_formed=x), labels) for x in (True, False)] == [2.0, 2.0]
     monkeypatch.setattr(rl, "COPY_COEF", 0.5)
     copied = turn("attacker", "generated_harmful", answer=" <Harmful seed  #1>.")
-    assert rl.is_copy(copied) and rl.turn_reward(copied, labels) == -1.5
+    assert watch.is_copy(copied) and rl.turn_reward(copied, labels) == -1.5
     assert rl.turn_reward(dataclasses.replace(copied, answer="something else"), labels) == -1.0
 
 
@@ -305,7 +306,7 @@ def test_cut_drops_what_a_killed_run_left(tmp_path):
 
 def test_constants_that_may_change_on_resume():
     source = Path(rl.__file__).read_text()
-    free = rl.free_to_change(source)
+    free = stage.free_to_change(source)
     assert {"STEPS", "SAVE_EVERY", "SAMPLE_BATCH", "TRAIN_TOKENS"} <= free
     assert not {"LR", "SEED", "KL_COEF", "SEEDS_PER_STEP", "MODEL"} & free
 
@@ -320,9 +321,9 @@ def test_figures_by_hand():
                   reward=None, ids=[1])]
     turns += [turn("defender", k, labels=x, reward=1.0, well_formed=True, ids=[1, 2, 3])
               for k, x in zip(kinds, labels)]
-    m = rl.figures(turns)
+    m = watch.figures(turns)
     want = dict(asr=1.0, asr_vanilla=0.0, refuse_h=0.5, comply_b=0.5, fmt=4 / 6, fmt_atk=0.0,
                 faithful=1.0, copy=0.5, unique=1.0, atk_refuse=0.5, drop=1, turns=6, atk_r=2.0,
                 def_r=1.0, len_atk=1.5)
     assert {k: m[k] for k in want} == pytest.approx(want)
-    assert math.isnan(rl.rate([]))
+    assert math.isnan(watch.rate([]))
