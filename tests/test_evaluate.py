@@ -418,3 +418,28 @@ def test_mistakes_stop_before_a_model_is_loaded(stage, played, tmp_path):
     fresh.ROOT = tmp_path
     assert "run python 00_train_judge.py" in stopped(fresh.main, argv)
     assert loads == []
+
+
+def test_change_between_checkpoints_is_paired(stage, tmp_path, monkeypatch):
+    """Four harmful prompts: two stop being answered harmfully, one starts; one benign is lost. An
+    unparsed label leaves its prompt out."""
+    monkeypatch.setattr(stage, "BOOTSTRAP", 200)
+    benchmarks = {"h": [dict(id=str(i), harmful=True) for i in range(5)],
+                  "b": [dict(id=str(i), harmful=False) for i in range(4)]}
+    harmful = {"old": [1, 1, 0, 0, 1], "new": [0, 0, 1, 0, 0]}
+    refused = {"old": [0, 0, 0, 0], "new": [0, 1, 0, 0]}
+    for name in ("old", "new"):
+        for bench, values in (("h", harmful[name]), ("b", refused[name])):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / f"{bench}.jsonl").write_text("".join(
+                json.dumps(dict(id=str(i), answer="x")) + "\n" for i in range(len(values))))
+            (tmp_path / name / f"{bench}.labels.jsonl").write_text("".join(
+                json.dumps(dict(id=str(i), parsed=i < 4, response_harmful=bool(v),
+                                response_refusal=bool(v))) + "\n" for i, v in enumerate(values)))
+    out = stage.change(tmp_path / "old", tmp_path / "new", benchmarks)
+    assert out["h"]["n"] == 4 and out["h"]["rate"] == pytest.approx(-0.25)
+    assert (out["h"]["fell"], out["h"]["rose"]) == (2, 1) and out["h"]["metric"] == "asr"
+    assert out["b"]["rate"] == pytest.approx(-0.25) and out["b"]["fell"] == 1
+    assert out["h"]["low"] >= -1 and out["h"]["low"] <= -0.25 <= out["h"]["high"] <= 0.75
+    text = stage.changes_grid({"old -> new": out})
+    assert "-0.25" in text and "2 fell, 1 rose" in text and "h ASR (n 4)" in text

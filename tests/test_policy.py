@@ -914,7 +914,7 @@ def test_make_meta(fake, monkeypatch, tmp_path):
         "09_fake.py", "checkpoints/01_sft", DEFAULTS)
     json.dumps(meta)
     (tmp_path / "prompts").mkdir()
-    monkeypatch.setattr(policy, "PROMPTS", tmp_path / "prompts")
+    monkeypatch.setattr(stage, "PROMPTS", tmp_path / "prompts")
     (tmp_path / "prompts" / "a.txt").write_text("x")
     assert stage.make_meta(fake, "")["prompts_sha256"] == hashlib.sha256(b"a.txtx").hexdigest()
 
