@@ -1,6 +1,6 @@
 """Stage 1: teach both roles the format by self-distillation [SRT appendix] -> checkpoints/01_sft/.
 
-    python 01_sft_warmup.py                  ~10 min on 2 cores, 9 GB
+    python 01_sft_warmup.py                  ~10 min on 2 cores, 13 GB
 
 Input: MODEL, the training half of SEEDS, the judge. Output: checkpoints/RUN/ (model, tokenizer,
 meta.json, defender.jsonl: the examples that stage 2 mixes in), results/RUN/examples.jsonl (both

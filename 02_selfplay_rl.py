@@ -1,7 +1,7 @@
 """Stage 2, self-play RL: one model attacks and defends; a hand-written REINFORCE++ loop trains it.
 
     python 02_selfplay_rl.py METHOD=ssp    the second paper: other rewards, replay of past failures
-    python 02_selfplay_rl.py               100 steps of 32 seeds: ~50 min, 10 GB on 2 cores
+    python 02_selfplay_rl.py               100 steps of 32 seeds: ~55 min, 13 GB on 2 cores
     python 02_selfplay_rl.py --paper       7B policy, WildGuard in NF4 (not run; see README)
 
 Papers: Self-RedTeam, arXiv 2506.07468 [SRT], sections 3 (game), 4 and appendix (training); SSP,

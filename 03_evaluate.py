@@ -419,7 +419,8 @@ def main(argv):
     print("prompts:", sizes := {x: len(items) for x, items in benchmarks.items()})
     generate_all(folders, checkpoints, base, benchmarks)  # (2) generate
     label_files(folders.values(), benchmarks, digest)  # (3) judge
-    scores = {c.label: {**c._asdict(), **score(folders[c.label], benchmarks)} for c in checkpoints}
+    scores = {c.label: {**c._asdict(), "path": stage.short(c.path),
+                        **score(folders[c.label], benchmarks)} for c in checkpoints}
     changes = {f"{a.label} -> {b.label}": change(folders[a.label], folders[b.label], benchmarks)
                for a, b in zip(checkpoints, checkpoints[1:])}
     summary = dict(date=time.strftime("%Y-%m-%d %H:%M"), machine=stage.machine(), judge=digest,

@@ -88,11 +88,20 @@ def make_meta(scope, parent):
     """What meta.json holds: constants, parent, versions, hash of prompts/, machine, time."""
     import transformers
     texts = b"".join(p.name.encode() + p.read_bytes() for p in sorted(PROMPTS.glob("*")))
-    return dict(stage=Path(scope["__file__"]).name, constants=constants(scope), parent=str(parent),
+    return dict(stage=Path(scope["__file__"]).name, constants=constants(scope),
+                parent=short(parent),
                 versions=dict(torch=torch.__version__, transformers=transformers.__version__,
                               python=platform.python_version()),
                 prompts_sha256=hashlib.sha256(texts).hexdigest(), machine=machine(),
                 time=time.strftime("%Y-%m-%d %H:%M:%S"))
+
+
+def short(path):
+    """A path as text, from the repository's folder on where it lies in it: no paths of a machine
+    in files that may be published."""
+    path = Path(path)
+    inside = path.is_absolute() and path.resolve().is_relative_to(ROOT)
+    return str(path.resolve().relative_to(ROOT) if inside else path)
 
 
 def machine():

@@ -919,6 +919,14 @@ def test_make_meta(fake, monkeypatch, tmp_path):
     assert stage.make_meta(fake, "")["prompts_sha256"] == hashlib.sha256(b"a.txtx").hexdigest()
 
 
+def test_published_paths_are_short():
+    root = stage.ROOT
+    assert stage.short(root / "checkpoints" / "00_base") == "checkpoints/00_base"
+    assert stage.short("checkpoints/01_sft") == "checkpoints/01_sft"
+    assert stage.short("org/model") == "org/model"
+    assert stage.short(root.parent / "elsewhere") == str(root.parent / "elsewhere")
+
+
 # ---- seeds ---------------------------------------------------------------------------------------
 
 GOOD = ['{"id": "a", "prompt": " first ", "harmful": true, "category": "c", "split": "train"}',
