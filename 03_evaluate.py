@@ -329,6 +329,14 @@ def score(folder, benchmarks):
     return dict(answers=answers, attacks=dict(attacks=own))
 
 
+def parent_of(checkpoint, others, before):
+    """The one of `others` that a checkpoint was trained from (its meta.json), else `before`."""
+    meta = Path(checkpoint.path) / "meta.json"
+    name = json.loads(meta.read_text()).get("parent", "") if meta.is_file() else ""
+    path = policy.unpack_embedded() if name == policy.EMBEDDED else local(name)
+    return next((x for x in others if path and Path(x.path).resolve() == path.resolve()), before)
+
+
 def change(old, new, benchmarks):
     """Two checkpoints' folders -> {benchmark: change of its ASR or benign compliance} over the same
     prompts: the bootstrap is over prompts, so what both have in common cancels."""
@@ -369,7 +377,7 @@ def grid(models, part, metrics):
 
 
 def changes_grid(changes):
-    """Markdown: a row for each pair of neighbours in CHECKPOINTS, a column a benchmark."""
+    """Markdown: a row for each checkpoint and its parent, a column a benchmark."""
     names = list(next(iter(changes.values())))
     head = ["from -> to", *(f"{x} {v['metric'].replace('asr', 'ASR').replace('_', ' ')} "
                             f"(n {v['n']})" for x, v in next(iter(changes.values())).items())]
@@ -421,8 +429,9 @@ def main(argv):
     label_files(folders.values(), benchmarks, digest)  # (3) judge
     scores = {c.label: {**c._asdict(), "path": stage.short(c.path),
                         **score(folders[c.label], benchmarks)} for c in checkpoints}
+    pairs = [(parent_of(b, checkpoints, a), b) for a, b in zip(checkpoints, checkpoints[1:])]
     changes = {f"{a.label} -> {b.label}": change(folders[a.label], folders[b.label], benchmarks)
-               for a, b in zip(checkpoints, checkpoints[1:])}
+               for a, b in pairs}
     summary = dict(date=time.strftime("%Y-%m-%d %H:%M"), machine=stage.machine(), judge=digest,
                    constants=stage.constants(globals()), benchmarks=sizes, checkpoints=scores,
                    changes=changes)
