@@ -1,9 +1,9 @@
-# make setup | demo | test: each alone is enough on a fresh machine with Python 3.11 or newer.
+# make setup | demo | test | bench: each alone is enough on a fresh machine with Python 3.11 or newer.
 PYTHON ?= python3
 PY := .venv/bin/python
 DEMO := STEPS=12 SEEDS_PER_STEP=16 SAVE_EVERY=6
 
-.PHONY: setup demo test clean-demo
+.PHONY: setup demo test bench clean-demo
 
 setup: .venv/complete
 
@@ -22,6 +22,19 @@ demo: setup
 
 test: setup
 	$(PY) -m pytest -q tests
+
+# Speed and memory, ours beside the peers'. A constant for all of them: make bench BENCH=ROUNDS=1
+# TRL has an environment of its own: what it is compared with is not what this repository needs.
+bench: setup .venv-trl/complete
+	$(PY) bench/logprobs.py $(BENCH)
+	$(PY) bench/judge.py $(BENCH)
+	$(PY) bench/sample.py $(BENCH)
+	$(PY) bench/step.py $(BENCH)
+
+.venv-trl/complete: bench/requirements-trl.txt
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -r bench/requirements-trl.txt
+	touch .venv-trl/complete
 
 clean-demo:
 	rm -rf checkpoints/demo_0* results/demo_0*

@@ -1,0 +1,220 @@
+"""Rollout tokens a second on mixed lengths: policy.sample against what transformers offers.
+
+    python bench/sample.py                  batches of 32 and 128, three rounds of every side
+    python bench/sample.py BATCHES=32 SIDES=ours,generate
+
+ours            policy.sample: exact, keeps the log-probabilities, rows that have ended leave
+generate        HF generate, dynamic cache; the ratio is against it, at the first of BATCHES
+static          HF generate, static cache (compiled on CUDA, as transformers does by itself)
+generate_batch  transformers' continuous batching, by the manager that generate_batch wraps (itself
+                it takes one length for all requests); its cache has room for the whole batch
+
+All draw from softmax(logits) over the whole vocabulary at temperature 1; tokens count up to and
+with EOS. Lengths are forced by a countdown: ids at the end of the vocabulary mean "n tokens to
+come", a prompt ends in its length, and the logits after "n to come" are made to give "n - 1 to
+come", after "1 to come" EOS. So the last token alone says what follows, and one line of code does
+it on logits wherever they are: a LogitsProcessor for generate, a hook on the output head for ours
+(which never names the row it is in, and still works when rows leave the batch). What a side hands
+back must be the countdown. In generate_batch, which takes no LogitsProcessor of ours, EOS is off
+and a request ends at its length.
+"""
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+import policy  # noqa: E402
+import stage  # noqa: E402
+from stage import die  # noqa: E402
+
+# ==================================================================================================
+MODEL = policy.EMBEDDED   # a folder or hub id works too
+DTYPE = "bfloat16"        # of the weights
+BATCHES = "32,128"        # rows at a time, all of them in one batch
+LENGTHS = ("16 256 48 112 72 160 96 60 128 40 200 88 104 80 144 24 "  # tokens of the completions
+           "116 232 64 92 176 32 136 100 84 216 56 120 108 76 152 128")  # in turn: mean 110
+PROMPT_TOKENS = 85        # about: defender prompts nearest to it
+PEER_ATTENTION = "sdpa"   # of the HF sides: transformers' default
+ROUNDS = 3                # processes of each side and batch, in turn
+REPEATS = 1               # timed runs in a process, after a short one to warm up
+SIDES = "ours,generate,static,generate_batch"
+SIDE = "all"              # or one of SIDES: that side alone, in this process, first of BATCHES
+# ==================================================================================================
+NAMES = ["ours", "generate", "static", "generate_batch"]
+RANGES = dict(SIDE=["all", *NAMES], DTYPE=["auto", "float32", "bfloat16"], ROUNDS=(1, 99),
+              PROMPT_TOKENS=(1, 10 ** 5), REPEATS=(1, 99))
+WARM = 8  # longest completion of the run that warms up; shapes are those of the timed runs
+
+
+class Countdown:
+    """The ids that say how many tokens are still to come, and what must follow them."""
+
+    def __init__(self, model, tok, longest):
+        words = model.get_output_embeddings().weight.shape[0]
+        self.stop, self.longest = tok.turn_end, longest
+        self.first = min([words, *(i for i in tok.stop_ids if i > words // 2)]) - longest - 1
+        if self.first <= words // 2:
+            die(f"LENGTHS: a vocabulary of {words} has no {longest} ids to spare at its end")
+
+    def prompt(self, ids, length):
+        """A prompt that ends in its completion's length; no other id counts."""
+        return [min(i, self.first - 1) for i in ids] + [self.first + length]
+
+    def completion(self, length):
+        """What has to come out: length - 1 ids that count down, then EOS."""
+        return [self.first + n for n in range(length - 1, 0, -1)] + [self.stop]
+
+    def force(self, last_B, logits_BV):
+        """Make the logits give what follows `last_B`, in place; after all other ids that is EOS."""
+        left_B = last_B - self.first
+        next_B = torch.where((left_B > 1) & (left_B <= self.longest), last_B - 1, self.stop)
+        return logits_BV.scatter_(1, next_B[:, None], 1e4)  # softmax: 1 there, 0 elsewhere
+
+    def hook(self, model):
+        """Force it at the output head. The largest id a row brings in is its countdown: its prompt
+        (padded on any side) holds one, a token to go on from is one or means EOS."""
+        seen = {}
+
+        def before(embedding, args):
+            seen["last_B"] = args[0].amax(1)
+
+        def after(head, args, logits):
+            return self.force(seen["last_B"], logits.view(-1, logits.shape[-1])).view_as(logits)
+
+        model.get_input_embeddings().register_forward_pre_hook(before)
+        model.get_output_embeddings().register_forward_hook(after)
+
+
+def by_sample(model, tok, countdown, batch, longest):
+    """policy.sample -> function of (prompts, lengths) that gives the completions."""
+    countdown.hook(model)
+
+    def work(prompts, lengths):
+        return [ids for ids, _ in policy.sample(model, tok, prompts, longest, 1.0, batch,
+                                                torch.Generator().manual_seed(0))]
+    return work
+
+
+def by_generate(model, tok, countdown, batch, longest):
+    """HF generate -> the same."""
+    import transformers
+
+    class Force(transformers.LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return countdown.force(input_ids[:, -1], scores)
+
+    config = transformers.GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=longest,
+        eos_token_id=sorted(tok.stop_ids), pad_token_id=0,
+        cache_implementation="static" if SIDE == "static" else None)
+
+    def work(prompts, lengths):
+        width = max(map(len, prompts))
+        ids_BP = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
+        mask_BP = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts],
+                               device=model.device)
+        out_BL = model.generate(input_ids=ids_BP, attention_mask=mask_BP, generation_config=config,
+                                logits_processor=transformers.LogitsProcessorList([Force()]))
+        rows = out_BL[:, width:].tolist()
+        return [r[:r.index(countdown.stop) + 1] if countdown.stop in r else r for r in rows]
+    return work
+
+
+def by_manager(manager, prompts, lengths):
+    """Continuous batching: requests with their lengths -> completions in the same order."""
+    names = [manager.add_request(p, max_new_tokens=n) for p, n in zip(prompts, lengths)]
+    done = {}
+    while len(done) < len(names):
+        result = manager.get_result(timeout=1)
+        if result is not None and result.error:
+            die(f"continuous batching: {result.error}")
+        if result is not None and result.is_finished():
+            done[result.request_id] = result.generated_tokens
+        elif result is None and not manager.is_running():
+            die("continuous batching: its thread ended")
+    return [done[n] for n in names]
+
+
+def continuous(model, batch, width, longest):
+    """The context that generate_batch opens: a manager of paged keys and values."""
+    import transformers
+    from transformers.generation.continuous_batching.utils import WorkloadHints
+    block = 256
+    config = transformers.ContinuousBatchingConfig(
+        block_size=block, num_blocks=batch * -(-(width + longest) // block),
+        max_batch_tokens=max(batch, 2048), safety_margin=0.0)
+    return model.continuous_batching_context_manager(
+        generation_config=transformers.GenerationConfig(
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=longest,
+            eos_token_id=-1, pad_token_id=0),
+        continuous_batching_config=config, timeout=5,
+        workload_hints=WorkloadHints(width, longest, batch))
+
+
+def timed(work, prompts, short, lengths, countdown):
+    """Warm up on short completions, then time the real ones and check what came out."""
+    work(*short)
+    times, out = [], []
+
+    def once():
+        out[:] = work(prompts, lengths)
+
+    for _ in range(REPEATS):
+        times.append(common.seconds(once))
+        wanted = [countdown.completion(n) for n in lengths]
+        same = ([len(ids) for ids in out] == lengths if SIDE == "generate_batch"
+                else [list(ids) for ids in out] == wanted)
+        if not same:
+            die(f"side {SIDE}: the forced lengths did not come out; its hook does not fit any more")
+    common.report(times, sum(lengths), prompt=sum(map(len, prompts)) / len(prompts))
+
+
+def one_side():
+    """Time this process' side on the first of BATCHES."""
+    batch, listed = int(BATCHES.split(",")[0]), [int(n) for n in LENGTHS.split()]
+    lengths, longest = [listed[i % len(listed)] for i in range(batch)], max(listed)
+    model, tok = policy.load(MODEL, DTYPE)
+    countdown = Countdown(model, tok, longest)
+    rows = common.prompts(tok, batch, PROMPT_TOKENS)
+    prompts = [countdown.prompt(p, n) for p, n in zip(rows, lengths)]
+    few = [min(n, WARM) for n in lengths]
+    short = [countdown.prompt(p, n) for p, n in zip(rows, few)], few
+    if SIDE != "ours":
+        model.set_attn_implementation(PEER_ATTENTION)
+    if SIDE == "generate_batch":
+        with continuous(model, batch, max(map(len, prompts)), longest) as manager:
+            timed(lambda p, n: by_manager(manager, p, n), prompts, short, lengths, countdown)
+    else:
+        make = by_sample if SIDE == "ours" else by_generate
+        timed(make(model, tok, countdown, batch, longest), prompts, short, lengths, countdown)
+
+
+def main(argv):
+    """All sides in turn at each batch, or the one that is named."""
+    stage.configure(globals(), argv)
+    if SIDE != "all":
+        return one_side()
+    names, batches = SIDES.split(","), BATCHES.split(",")
+    if not {"ours", "generate"} <= set(names) <= set(NAMES):
+        die(f"SIDES={SIDES!r}: ours, generate and any of {', '.join(NAMES[2:])}")
+    common.make_base(MODEL)
+    lengths = [int(n) for n in LENGTHS.split()]
+    common.head(f"rollouts: {MODEL}, {DTYPE}, prompts ~{PROMPT_TOKENS} tokens, completions "
+                f"{min(lengths)} to {max(lengths)}, mean {sum(lengths) / len(lengths):.0f}")
+    began, medians = time.time(), {}
+    for batch in batches:
+        sides = {f"{s}, batch {batch}": (sys.executable, [*argv, f"SIDE={s}", f"BATCHES={batch}"])
+                 for s in names}
+        optional = {f"{s}, batch {batch}" for s in names if s in NAMES[2:]}
+        results = common.alternate(__file__, sides, ROUNDS, optional)
+        medians |= common.table(results, f"ours, batch {batch}", "tokens")
+    print(f"{time.time() - began:.0f} s in all")
+    common.ratio("sample", *(medians[f"{s}, batch {batches[0]}"] for s in ("generate", "ours")))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
