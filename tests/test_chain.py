@@ -83,7 +83,7 @@ def test_resume_is_bit_for_bit(chain):
 
 def test_other_constants_do_not_resume(chain):
     assert chain["other"].returncode == 1
-    assert "LR 2e-05 -> 0.001" in chain["other"].stderr
+    assert "LR 5e-05 -> 0.001" in chain["other"].stderr
     assert len(chain["other"].stderr.strip().splitlines()) == 1
 
 
