@@ -25,6 +25,7 @@ Departures from the published code, each with its reason:
  d. The k1 penalty uses the log-probabilities of sampling: same expectation, one forward pass less.
  e. zero_sum, which the paper analyses and its code lacks, is here: SCHEME=zero_sum.
  f. Random numbers are a function of (SEED, step), so a resumed run needs no generator state.
+ g. SSP: the pool holds harmful games only, and replay takes their places, not the benign ones'.
 """
 import csv
 import dataclasses

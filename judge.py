@@ -185,7 +185,7 @@ class Judge:
 
 class Rubric:
     """Any chat model that rates an exchange with one digit (SSP's judge; prompts/judge_rubric.txt).
-    A token over the five digits' probabilities gives the expected value."""
+    The score is the expected value over the probabilities of the five digits."""
 
     def __init__(self, model, tok, judge_tokens=JUDGE_TOKENS):
         self.model, self.tok, self.judge_tokens = model, tok, judge_tokens
