@@ -46,8 +46,22 @@ def ran(tiny_models, tmp_path_factory):
         "sample": start("sample", *small, "BATCHES=4", "LENGTHS=3 9 1 6",
                         "SIDES=ours,generate,static"),
         "judge": start("judge", f"JUDGE={m}", "ROUNDS=1", "REPEATS=1", "EXCHANGES=3", "TOKENS=400"),
+        "scaling": start("scaling", f"MODEL={q}", "DTYPE=float32", "TURNS=2,8"),
         "lost": start("step", *small, *rows, "PEER_PYTHON=nowhere/python")}
     return {name: end(process) for name, process in going.items()}
+
+
+def test_scaling_counts_real_and_padded_tokens(ran):
+    """Two sizes in rising order; padded tokens are not fewer than real ones, the last line is the
+    share over both sizes together."""
+    code, out, err = ran["scaling"]
+    assert code == 0, out[-2000:] + err[-2000:]
+    rows = re.findall(r"(\d+) turns +(\d+) real tokens .* padded / real (\d\.\d+)", out)
+    (few, small, a), (many, large, b) = [(int(n), int(t), float(r)) for n, t, r in rows]
+    assert (few, many) == (2, 8) and 2 * small < large
+    assert min(a, b) >= 1 and max(a, b) > 1
+    overall = float(re.fullmatch(r"ratio padding (\d\.\d\d)", out.splitlines()[-1]).group(1))
+    assert overall == pytest.approx((a * small + b * large) / (small + large), abs=0.006)
 
 
 @pytest.mark.parametrize("name", ROWS)

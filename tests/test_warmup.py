@@ -154,6 +154,20 @@ def test_augmented_rows_carry_the_labels_they_should():
     assert texts[0] and texts[1] and not texts[0] & texts[1]  # not measured on wordings trained on
 
 
+def test_other_languages_are_measured_on_what_training_has_not_seen():
+    trained, fresh = (train_judge.foreign_texts(x) for x in (False, True))
+    assert len(trained) == len(fresh) >= 8
+    for a, b in zip(trained, fresh):
+        for kind in ("harmful", "refusal", "answered"):
+            assert a[kind] and b[kind] and not set(a[kind]) & set(b[kind])
+    rows = train_judge.augment(rows_for_judge(), 400, random.Random(0), fresh=True)
+    known = {r for x in fresh for r in x["refusal"]}
+    refused = [r for r in rows if r["source"] == "aug_foreign_refused"]
+    assert refused and {r["response"] for r in refused} <= known
+    harmful = {p for x in fresh for p in x["harmful"]}
+    assert all(r["prompt_harmful"] is (r["prompt"] in harmful) for r in refused)
+
+
 def test_benchmark_prompts_are_dropped(tmp_path, capsys):
     (tmp_path / "train").mkdir()
     (tmp_path / "bench").mkdir()
