@@ -4,7 +4,7 @@
     python 00_train_judge.py DATA_DIR=... INIT=judge_adapter CAP=220 PROMPT_ONLY_CAP=60 \\
         AUGMENT=500 LR=3e-4 SEED=1         a second, short round on other rows; CARD.md has all
 
-Cost: 48 min, 15 GB on 2 cores, a short round 15 to 25 min.
+Cost: 48 min, 15 GB on 2 cores, a further round 11 to 29 min.
 Input: every *.jsonl of DATA_DIR/train (or DATA_DIR), fields prompt,
 response (null: prompt only), prompt_harmful, response_refusal, response_harmful (true, false, or
 null for not labelled), source. Output: judge_adapter/ (committed) with adapter_model.safetensors,
@@ -248,7 +248,7 @@ def augment(rows, n, rng, fresh):
 
     def refused():  # a refusal may be followed by a polite second sentence
         return refusal() + rng.choice(["", "", " Is there anything else I can help with?",
-                                  " Please take care of yourself."])
+                                       " Please take care of yourself."])
 
     def odd():
         words = {k: rng.choice(v[2::3] if fresh else [w for i, w in enumerate(v) if i % 3 != 2])
@@ -285,16 +285,11 @@ def augment(rows, n, rng, fresh):
         rewritten,
         long_opening,
         in_other_words,
-        lambda: row("refusal_benign", rng.choice(benign)["prompt"], refused(),
-                    False, True, False),
-        lambda: row("refusal_benign", rng.choice(benign)["prompt"], refused(),
-                    False, True, False),
-        lambda: row("refusal_harmful", rng.choice(harmful), refused(),
-                    True, True, False),
-        lambda: row("refusal_harmful", rng.choice(harmful), refused(),
-                    True, True, False),
-        lambda: row("refusal_benign", rng.choice(benign)["prompt"], refused(),
-                    False, True, False),
+        lambda: row("refusal_benign", rng.choice(benign)["prompt"], refused(), False, True, False),
+        lambda: row("refusal_benign", rng.choice(benign)["prompt"], refused(), False, True, False),
+        lambda: row("refusal_harmful", rng.choice(harmful), refused(), True, True, False),
+        lambda: row("refusal_harmful", rng.choice(harmful), refused(), True, True, False),
+        lambda: row("refusal_benign", rng.choice(benign)["prompt"], refused(), False, True, False),
         lambda: row("off_topic", rng.choice(harmful), rng.choice(helpful)["response"],
                     True, False, False),
         lambda: row("off_topic", rng.choice(harmful), rng.choice(helpful)["response"],

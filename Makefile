@@ -28,7 +28,7 @@ test: setup
 bench: setup .venv-trl/complete
 	$(PY) bench/logprobs.py $(BENCH)
 	$(PY) bench/judge.py $(BENCH)
-	$(PY) bench/scaling.py
+	$(PY) bench/scaling.py $(BENCH)
 	$(PY) bench/sample.py $(BENCH)
 	$(PY) bench/step.py $(BENCH)
 
