@@ -92,12 +92,18 @@ def draw_curves(folder, visits=()):
     if "pool" in rows[0]:
         panels.update({"pool: items": ["pool"], "pool: share mastered": ["mastered"],
                        "defender's game reward on harmful seeds": ["r_fresh", "r_replay"]})
-    figure, axes = plt.subplots(len(panels) // 3 + ("pool" in rows[0]), 3, squeeze=False,
-                                figsize=(13, 3.3 * (len(panels) // 3)), constrained_layout=True)
-    if "pool" in rows[0]:
-        axes[-1][0].hist(visits, bins=range(max(visits, default=0) + 2), align="left")
-        axes[-1][0].set_title("pool: visits an item", fontsize=10)
-        axes[-1][1].axis("off"), axes[-1][2].axis("off")
+    panels = {title: known for title, names in panels.items() if  # not what a run has nothing of
+              (known := [n for n in names if any(r[n] not in ("", "nan") for r in rows)])}
+    height = -(-(len(panels) + any(visits)) // 3)
+    figure, axes = plt.subplots(height, 3, squeeze=False, figsize=(13, 3.3 * height),
+                                constrained_layout=True)
+    for axis in axes.flat[len(panels) + any(visits):]:
+        axis.axis("off")
+    if any(visits):
+        axis = axes.flat[len(panels)]
+        axis.hist(visits, bins=range(max(visits) + 2), align="left")
+        axis.set_title("pool: visits an item", fontsize=10)
+        axis.set_xlabel("visits")
     for axis, (title, names) in zip(axes.flat, panels.items()):
         for name in names:
             y = [float(r[name]) / (10 if name == "entropy" else 1) for r in rows]
