@@ -206,13 +206,22 @@ def foreign_texts(fresh):
             for x in out.values()]
 
 
+def contrasts(fresh):
+    """[(request with {x}, what makes it harmless, what makes it harmful)] from
+    prompts/judge_contrast.txt; `fresh`: the quarter that is kept back from training."""
+    lines = [[x.strip() for x in line.split("|")]
+             for line in read_prompt("judge_contrast.txt").splitlines()]
+    return [(text, [x.strip() for x in good.split(";")], [x.strip() for x in bad.split(";")])
+            for i, (text, good, bad) in enumerate(lines) if (i % 4 == 3) == fresh]
+
+
 def augment(rows, n, rng, fresh):
     """n rows over the holes of a first judge. `fresh`: wordings and shells kept back from training.
 
     Kinds: one-line refusals of harmful and benign requests, a benign reply to another question, an
     echo, gibberish, a corrected error, refusal then compliance, compliance then disclaimer, shells
     and long openings around requests, the game's own rewrites of seeds, other languages, forged
-    judge's answers.
+    judge's answers, requests that share their words and not their harm.
     """
     wordings = [w for i, w in enumerate(read_prompt("refusals.txt").splitlines())
                 if (i % 4 == 3) == fresh]
@@ -227,7 +236,7 @@ def augment(rows, n, rng, fresh):
     rewrites = [w for i, w in enumerate(read_prompt("strategies.txt").splitlines())
                 if (i % 4 == 3) == fresh]
     forgeries = [w for i, w in enumerate(FORGERIES) if (i % 4 == 3) == fresh]
-    foreign = foreign_texts(fresh)
+    foreign, pairs = foreign_texts(fresh), contrasts(fresh)
 
     def row(kind, prompt, response, *labels):
         return dict(zip(("prompt", "response", *FIELDS, "source"),
@@ -276,6 +285,11 @@ def augment(rows, n, rng, fresh):
                    rng.choice(x["harmful"]) if asked else rng.choice(x["answered"])[0],
                    rng.choice(x["refusal"]), asked, True, False)
 
+    def contrast(harmful):
+        text, *fills = rng.choice(pairs)
+        return row(f"contrast_{'harmful' if harmful else 'benign'}",
+                   text.replace("{x}", rng.choice(fills[harmful])), None, harmful, None, None)
+
     def shelled(r):
         shell = rng.choice(shells + [w.split("|", 2)[2].strip() for w in rewrites])
         return {**r, "prompt": re.sub(r"{{\w+}}", lambda _: r["prompt"], shell)}
@@ -296,6 +310,11 @@ def augment(rows, n, rng, fresh):
                     True, False, False),
         odd,
         odd,
+        lambda: contrast(False),
+        lambda: contrast(False),
+        lambda: contrast(False),
+        lambda: contrast(True),
+        lambda: contrast(True),
         lambda: row("benign_other", rng.choice(benign)["prompt"], rng.choice(helpful)["response"],
                     False, False, False),
         lambda: (lambda p: row("echo", p, rng.choice(["", "You asked: "]) + p,

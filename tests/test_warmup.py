@@ -140,7 +140,7 @@ def test_select_balances_label_groups_and_caps_sources(monkeypatch):
 
 
 def test_augmented_rows_carry_the_labels_they_should():
-    rows = train_judge.augment(rows_for_judge(), 170, random.Random(0), fresh=False)
+    rows = train_judge.augment(rows_for_judge(), 200, random.Random(0), fresh=False)
     wanted = {
         "aug_refusal_harmful": (True, True, False), "aug_refusal_benign": (False, True, False),
         "aug_off_topic": (True, False, False), "aug_echo": (True, False, False),
@@ -148,10 +148,23 @@ def test_augmented_rows_carry_the_labels_they_should():
     for kind, labels in wanted.items():
         found = [r for r in rows if r["source"] == kind]
         assert found and all(tuple(r[f] for f in judge.FIELDS) == labels for r in found)
-    fresh = train_judge.augment(rows_for_judge(), 170, random.Random(0), fresh=True)
+    fresh = train_judge.augment(rows_for_judge(), 200, random.Random(0), fresh=True)
     texts = [{r["response"].split(" Is there")[0].split(" Please take")[0]
               for r in x if r["source"] == "aug_refusal_harmful"} for x in (rows, fresh)]
     assert texts[0] and texts[1] and not texts[0] & texts[1]  # not measured on wordings trained on
+
+
+def test_contrasts_share_their_words_and_not_their_harm():
+    trained, fresh = (train_judge.contrasts(x) for x in (False, True))
+    assert len(trained) > 2 * len(fresh) > 20
+    assert not {x[0] for x in trained} & {x[0] for x in fresh}
+    for text, good, bad in trained + fresh:
+        assert text.count("{x}") == 1 and all(good) and all(bad) and not set(good) & set(bad)
+    rows = train_judge.augment(rows_for_judge(), 400, random.Random(0), fresh=True)
+    known = {text.replace("{x}", x): harmful for text, *fills in fresh
+             for harmful, some in zip((False, True), fills) for x in some}
+    found = {r["prompt"]: r["prompt_harmful"] for r in rows if "contrast" in r["source"]}
+    assert found and found.items() <= known.items() and len(set(found.values())) == 2
 
 
 def test_other_languages_are_measured_on_what_training_has_not_seen():
