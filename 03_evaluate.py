@@ -56,17 +56,17 @@ FORMAT = "turns"          # this repo's checkpoints: "turns" (hidden thinking), 
 BASE_FORMAT = "chat"      # the same for models that never saw the turn format (ours)
 EVAL_TOKENS = 128         # longest answer, tokens (ours; --paper: 2048)
 ATTACK_TOKENS = 128       # longest attacker turn, tokens (ours; --paper: 2048)
-SAMPLE_BATCH = 64         # turns generated at a time (hardware)
+SAMPLE_TOKENS = 32768     # generated at a time: turns x (longest prompt + answer) (hardware)
 DTYPE = "auto"            # "auto", "float32" or "bfloat16" (hardware)
 BOOTSTRAP = 1000          # resamples for an interval (ours)
 SEED = 0                  # of attacks and of resamples
 # ==================================================================================================
 PAPER = dict(CHECKPOINTS="Qwen/Qwen2.5-7B-Instruct,checkpoints/01_sft,checkpoints/02_rl",
              BASE="Qwen/Qwen2.5-7B-Instruct", JUDGE="allenai/wildguard", EVAL_TOKENS=2048,
-             ATTACK_TOKENS=2048)
+             ATTACK_TOKENS=2048, SAMPLE_TOKENS=262144)
 RANGES = dict(LIMIT=(0, 10 ** 9), JUDGE_QUANTIZE=["auto", "nf4", "none"], FORMAT=["turns", "chat"],
               BASE_FORMAT=["turns", "chat"], EVAL_TOKENS=(1, 10 ** 5), ATTACK_TOKENS=(1, 10 ** 5),
-              SAMPLE_BATCH=(1, 10 ** 5), DTYPE=["auto", "float32", "bfloat16"],
+              SAMPLE_TOKENS=(1, 10 ** 8), DTYPE=["auto", "float32", "bfloat16"],
               BOOTSTRAP=(10, 10 ** 6), SEED=(0, 2 ** 31))
 Checkpoint = collections.namedtuple("Checkpoint", "label path style cot digest")  # style: as FORMAT
 
@@ -194,8 +194,10 @@ def generate(path, loaded, checkpoint, items, attack=False):
                policy.defender_prompt(tok, item["prompt"], cot) if checkpoint.style == "turns" else
                policy.render(tok, policy.neutralize(item["prompt"], tok)))
         turns[item["id"]] = policy.Turn("attacker" if attack else "defender", "", {}, ids)
-    order = sorted(items, key=lambda i: -len(turns[i["id"]].prompt_ids))  # worst for memory first
     tokens, heat = (ATTACK_TOKENS, 1.0) if attack else (EVAL_TOKENS, 0.0)
+    lengths = [len(turns[i["id"]].prompt_ids) + tokens for i in items]
+    batches = [[items[k] for k in part]  # the longest prompts first: what will not fit shows early
+               for part in reversed(policy.micro_batches(lengths, SAMPLE_TOKENS))]
 
     def work(number, batch):
         noise = torch.Generator().manual_seed(SEED * 1_000_003 + number)  # one for each batch
@@ -208,7 +210,7 @@ def generate(path, loaded, checkpoint, items, attack=False):
                      well_formed=t.well_formed, cut=t.ids[-1] not in tok.stop_ids,
                      thinking=t.thinking) for i, t, text in zip(batch, spoken, texts)]
 
-    fill_file(path, chunks(order, SAMPLE_BATCH), work)
+    fill_file(path, batches, work)
 
 
 def sent(folder):

@@ -325,7 +325,7 @@ def played(seeds, monkeypatch, tmp_path):
     for name in ("adapter_model.safetensors", "calibration.json"):
         (tmp_path / "adapter" / name).write_text("{}")
     base = tmp_path / "plain_base"
-    return [f"CHECKPOINTS={base},{tmp_path / '01_sft'}", f"BASE={base}", "SAMPLE_BATCH=2",
+    return [f"CHECKPOINTS={base},{tmp_path / '01_sft'}", f"BASE={base}", "SAMPLE_TOKENS=300",
             f"SEEDS={seeds.SEEDS}"], loads
 
 
@@ -584,7 +584,7 @@ def results(tmp_path):
 def test_killed_and_started_again_gives_the_same_bytes(stage, played, tmp_path, monkeypatch, calls):
     """The run ends at its n-th batch, of answers or of labels, with half of a line written."""
     argv, _ = played
-    argv = [*argv, "SAMPLE_BATCH=1"]
+    argv = [*argv, "SAMPLE_TOKENS=1"]
     stage.main(argv)
     whole, left = results(tmp_path), [calls]
     times = json.loads((tmp_path / "results/03_times.json").read_text())
