@@ -565,6 +565,19 @@ def test_cross_play_by_hand(stage, played, tmp_path):
     assert not (tmp_path / "results/03/plain_base/attacks_on_base.jsonl").exists()  # is its own
 
 
+def test_batches_hold_as_many_tokens_as_they_may(stage, played, monkeypatch):
+    argv, _ = played
+    speak, seen = policy.speak, []
+
+    def watched(model, tok, turns, cot, tokens, *rest):
+        seen.append([len(t.prompt_ids) + tokens for t in turns])
+        return speak(model, tok, turns, cot, tokens, *rest)
+
+    monkeypatch.setattr(policy, "speak", watched)
+    stage.main([*argv, "SAMPLE_TOKENS=300", "CROSSPLAY=none"])
+    assert all(max(b) * len(b) <= 300 for b in seen) and max(map(len, seen)) == 2
+
+
 def test_cross_play_can_be_left_out(stage, played, tmp_path):
     argv, loads = played
     stage.main([*argv, "CROSSPLAY=none"])
