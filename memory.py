@@ -29,7 +29,7 @@ from stage import ROOT, die
 
 GB = 2 ** 30
 NF4 = 0.5 + 4 / 64  # bytes of a packed weight: 4 bits, and a float32 scale for each block of 64
-LOGITS = 12         # bytes of a logit of a chunk, float32: log-probability, gradient, its result
+LOGITS = 8          # bytes of a logit of a chunk, besides itself: two float32
 ON_CPU = 1.8        # 02 with its defaults on 2 cores: 12.4 GB measured, 6.9 GB by the rows
 DRAW = 20           # bytes of a logit when a token is drawn, besides itself: 3 float32, 1 float64
 
@@ -127,15 +127,15 @@ def plan(model, judges, size, optimizer, turns, train_tokens, judge_tokens, eage
                      f"{count} rows x ({prompt} + {new} tokens) x {kv_bytes(s, size):,} bytes"),
                  Row(name, "one pass", max(count * prompt * pass_bytes(s, size),
                                            count * s.vocab * (DRAW + size)),
-                     "the prompts' forward pass, or drawing from the logits")]
+                     "the prompts' forward pass without what they share, at most, or drawing")]
     longest = max(prompt + new for _, prompt, new in turns.values())
     each, tokens = activation_bytes(s, size, longest, eager), max(train_tokens, longest)
     rows += [Row("learn", "activations", tokens * each, f"{tokens:,} tokens x {each:,} bytes, "
                  f"{'eager' if eager else 'fused'} attention, no checkpointing"),
-             Row("learn", "logits", min(chunk, tokens) * s.vocab * LOGITS,
-                 f"{min(chunk, tokens)} tokens x {s.vocab:,} words x {LOGITS} bytes"),
-             Row("learn", "gradient of the head", 2 * s.vocab * s.hidden * size,
-                 "of two chunks, which are added")]
+             Row("learn", "logits", min(chunk, tokens) * s.vocab * (LOGITS + size),
+                 f"{min(chunk, tokens)} tokens x {s.vocab:,} words x {LOGITS + size} bytes"),
+             Row("learn", "gradient of the head", s.vocab * s.hidden * size,
+                 f"{s.vocab:,} words x {s.hidden:,} x {size} bytes")]
     # float32 sums take the gradients after each micro-batch; else they stay while others are made
     return rows + [Row("collect" if optimizer == "master" else "learn", "gradients", n * size,
                        f"{n:,} weights x {size} bytes")]

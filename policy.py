@@ -328,9 +328,13 @@ def _kv_cache(model, capacity):
             self.keys, self.values = (room[:, :, :self.used] for room in self.room)
             return self.keys, self.values
 
-        def keep(self, rows):
+        def batch_select_indices(self, rows):
             self.room = [room[rows] for room in self.room]
             self.keys, self.values = (room[:, :, :self.used] for room in self.room)
+
+        def batch_repeat_interleave(self, repeats):
+            first = torch.zeros(repeats, dtype=torch.long, device=self.room[0].device)
+            self.batch_select_indices(first)
 
     return Cache(layers=[Room() for _ in range(model.config.num_hidden_layers)])
 
@@ -345,7 +349,7 @@ def _grouped_attention():
 
     def grouped(module, query, key, value, attention_mask, scaling=None, **kwargs):
         B, H, L, D = query.shape
-        if L > 1 or attention_mask is None:
+        if L > 1:
             return sdpa_attention_forward(module, query, key, value, attention_mask,
                                           scaling=scaling, **kwargs)
         out = torch.nn.functional.scaled_dot_product_attention(
@@ -398,19 +402,21 @@ def sample(model, tok, prompts, max_new, temperature, batch, generator=None):
 
 
 def _decode(model, tok, prompts, max_new, temperature, uniform_BT):
-    """One batch of `sample`. The first pass needs no mask: right padding comes after the text."""
+    """One batch of `sample`. The first pass, over what the prompts' common opening leaves of them,
+    needs no mask: right padding comes after the text."""
     where, B = model.device, len(prompts)
     uniform_BT = uniform_BT.to(where)
-    ids_BP, length_B = pad(prompts, where)
-    P = ids_BP.shape[1]
+    length_B = torch.tensor([len(p) for p in prompts], device=where)
+    P = max(map(len, prompts))
     window = getattr(model.config, "sliding_window", None)
     if window and P + max_new > window:  # the window would count the padding
         die(f"a prompt of {P} and {max_new} new tokens do not fit into this model's sliding window "
             f"of {window}")
-    cache = _kv_cache(model, P + max_new)
+    shared, cache = shared_opening(model, prompts, _kv_cache(model, P + max_new))
+    ids_BP, rest_B = pad([p[shared:] for p in prompts], where)
     hidden = model.base_model(input_ids=ids_BP, past_key_values=cache,
                               use_cache=True).last_hidden_state
-    logits_BV = model.get_output_embeddings()(hidden[torch.arange(B, device=where), length_B - 1])
+    logits_BV = model.get_output_embeddings()(hidden[torch.arange(B, device=where), rest_B - 1])
     mask = torch.ones(B, P + max_new, dtype=torch.long, device=where)
     mask[:, :P] = torch.arange(P, device=where) < length_B[:, None]
     stops = torch.tensor(sorted(tok.stop_ids), device=where)
@@ -430,8 +436,7 @@ def _decode(model, tok, prompts, max_new, temperature, uniform_BT):
             break
         if live <= 0.9 * len(done):
             keep = (~done).nonzero()[:, 0]
-            for layer in cache.layers:
-                layer.keep(keep)
+            cache.batch_select_indices(keep)
             row_of, mask, token, length_B, done = (
                 x[keep] for x in (row_of, mask, token, length_B, done))
         hidden = model.base_model(input_ids=token[:, None], attention_mask=mask[:, :P + t + 1],
@@ -463,11 +468,11 @@ def common_prefix(rows):
     return min(n, min(map(len, rows)) - 1)
 
 
-def shared_opening(model, rows):
+def shared_opening(model, rows, cache=None):
     """What B token lists open with goes through the model once -> (its length, its key/value cache
     expanded to B rows). Differentiable: the gradients of all rows meet in the one pass."""
     from transformers import DynamicCache
-    cache, shared = DynamicCache(), common_prefix(rows)
+    cache, shared = DynamicCache() if cache is None else cache, common_prefix(rows)
     if shared:
         opening = torch.tensor([rows[0][:shared]], device=model.device)
         model.base_model(input_ids=opening, past_key_values=cache, use_cache=True)
@@ -490,21 +495,70 @@ def token_logprobs(model, prompts, completions, temperature=1.0):
     row = torch.cat([torch.full((len(c),), b) for b, c in enumerate(completions)]).to(model.device)
     at = torch.cat([torch.arange(len(c)) + len(p) - shared - 1
                     for p, c in zip(prompts, completions)]).to(model.device)
-    hidden_ND, target_N = hidden[row, at], ids_BL[row, at + 1]
-    head, parts = model.get_output_embeddings(), []
-    for h, y in zip(hidden_ND.split(LOGPROB_CHUNK), target_N.split(LOGPROB_CHUNK)):
-        parts.append(torch.utils.checkpoint.checkpoint(
-            _chunk_logprobs, head, h, y, temperature,
-            use_reentrant=False, preserve_rng_state=False))
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    head = model.get_output_embeddings()
+    return _HeadLogprobs.apply(hidden[row, at], head.weight, head.bias, ids_BL[row, at + 1],
+                               temperature)
 
 
-def _chunk_logprobs(head, hidden_ND, target_N, temperature):
-    """(log p(target)_N, entropy_N) for a few tokens, in float32 whatever the model's dtype."""
-    logp_NV = torch.log_softmax(head(hidden_ND).float() / temperature, -1)
-    with torch.no_grad():
-        entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
-    return logp_NV.gather(1, target_N[:, None])[:, 0], entropy_N
+class _HeadLogprobs(torch.autograd.Function):
+    """(log p(target)_N, entropy_N), float32, of a linear head whose logits are never kept.
+
+    LOGPROB_CHUNK tokens at a time, and again in the backward pass, where the chunk's own buffer
+    turns into the gradient: (onehot - softmax) / temperature. What is done word by word is done for
+    a few tokens at a time, which on a CPU stay in its cache. Against autograd through log_softmax:
+    README, "Speed and memory".
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, bias_V, target_N, temperature):
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N)
+        ctx.temperature = temperature
+        logp_N = torch.empty(len(hidden_ND), device=hidden_ND.device)
+        entropy_N = torch.empty_like(logp_N)
+        for at, logits in _head_chunks(hidden_ND, weight_VD, bias_V):
+            for few in _few(at, logits.device):
+                x = logits[few.start - at.start:few.stop - at.start].float() / temperature
+                x -= x.amax(-1, keepdim=True)
+                picked = x.gather(1, target_N[few, None])[:, 0]
+                e = x.exp()
+                total = e.sum(-1)
+                logp_N[few] = picked - total.log()
+                entropy_N[few] = total.log() - e.mul_(x).sum(-1) / total
+        ctx.mark_non_differentiable(entropy_N)
+        return logp_N, entropy_N
+
+    @staticmethod
+    def backward(ctx, grad_N, _):
+        hidden_ND, weight_VD, bias_V, target_N = ctx.saved_tensors
+        grad_N = grad_N / ctx.temperature
+        d_hidden, d_weight, d_bias = (torch.zeros_like(x) if x is not None and wanted else None
+                                      for x, wanted in zip((hidden_ND, weight_VD, bias_V),
+                                                           ctx.needs_input_grad))
+        for at, logits in _head_chunks(hidden_ND, weight_VD, bias_V):
+            for few in _few(at, logits.device):
+                part = logits[few.start - at.start:few.stop - at.start]
+                p = (part.float() / ctx.temperature).softmax(-1).mul_(-grad_N[few, None])
+                part.copy_(p.scatter_add_(1, target_N[few, None], grad_N[few, None]))
+            if d_hidden is not None:
+                torch.mm(logits, weight_VD, out=d_hidden[at])
+            if d_weight is not None:
+                d_weight.addmm_(logits.t(), hidden_ND[at])
+            if d_bias is not None:
+                d_bias += logits.sum(0)
+        return d_hidden, d_weight, d_bias, None, None
+
+
+def _head_chunks(hidden_ND, weight_VD, bias_V):
+    """(rows, their logits), LOGPROB_CHUNK rows at a time."""
+    for start in range(0, len(hidden_ND), LOGPROB_CHUNK):
+        at = slice(start, min(start + LOGPROB_CHUNK, len(hidden_ND)))
+        yield at, torch.nn.functional.linear(hidden_ND[at], weight_VD, bias_V)
+
+
+def _few(at, device):
+    """A slice of rows in pieces of 16 (3 MB of float32 logits at V = 49k); on CUDA in one."""
+    step = 16 if device.type == "cpu" else LOGPROB_CHUNK
+    return [slice(i, min(i + step, at.stop)) for i in range(at.start, at.stop, step)]
 
 
 def micro_batches(lengths, max_tokens):

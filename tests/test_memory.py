@@ -107,9 +107,9 @@ def test_seven_billion_by_hand(seven):
     assert rows["attack", "key/value cache"] == 64 * 320 * 57_344
     # 128 x 150 positions x (3 x 18,944 + 2 x 3,584) x 2 bytes
     assert rows["reply", "one pass"] == 19_200 * 128_000
-    # 512 x 152,064 x 12 bytes; a head of 544,997,376 x 2 bytes, twice
-    assert rows["learn", "logits"] == 934_281_216
-    assert rows["learn", "gradient of the head"] == 2_179_989_504
+    # 512 x 152,064 x 10 bytes; a head of 544,997,376 x 2 bytes
+    assert rows["learn", "logits"] == 778_567_680
+    assert rows["learn", "gradient of the head"] == 1_089_994_752
     # a layer: norms 2 x 8 x 3,584, q k v out 4 x 3,584 x 2, feed-forward 4 x 18,944 x 2, mask and
     # sums 450 x 2 + 4 x 28: 238,580; 28 of them, one norm more 28,672, the cache 57,344: 6,766,256
     assert rows["learn", "activations"] == 4096 * 6_766_256

@@ -408,6 +408,29 @@ def test_sampled_logps_equal_token_logprobs(loaded, kind, temperature):
                                rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shared_opening_is_sampled_from_once(loaded, kind):
+    """30 tokens that all prompts open with go through the model once, and what is drawn has the
+    log-probability of the whole prompts; also where nothing but one token is left of each, or
+    all prompts are equal, and no mask is made."""
+    model, tok = loaded[kind]
+    opening, seen = ragged_prompts(tok, 1)[0], []
+    opening = (opening * 30)[:30]
+    ends = [r[:n] for r, n in zip(ragged_prompts(tok, 6, seed=8), (1, 3, 2, 5, 1, 4))]
+    for prompts, count in (([opening + r for r in ends], 30 + 6 * 5),
+                           ([opening + [t] for t in (3, 4, 5, 6)], 30 + 4),
+                           ([opening] * 5, 29 + 5)):
+        handle = model.base_model.register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True)
+        pairs = policy.sample(model, tok, prompts, 3, 1.0, 8, torch.Generator().manual_seed(1))
+        handle.remove()
+        assert sum(seen[:2]) == count
+        seen.clear()
+        alone = [policy.token_logprobs(model, [p], [ids])[0] for p, (ids, _) in zip(prompts, pairs)]
+        torch.testing.assert_close(torch.tensor([x for _, logps in pairs for x in logps]),
+                                   torch.cat(alone), rtol=0, atol=1e-4)
+
+
 def test_every_step_is_drawn_anew(loaded):
     """Each token as its place in the distribution it came from: uniform at every step, and not
     correlated over steps, also in rows that stay when others have left."""
@@ -545,6 +568,31 @@ def test_token_logprobs_and_gradient_against_float64(loaded, monkeypatch, kind, 
     for (name, p), q in zip(model.named_parameters(), exact.parameters()):
         assert q.grad.norm() > 0, name
         assert (p.grad.double() - q.grad).norm() <= 1e-4 * q.grad.norm(), name
+
+
+def test_head_logprobs_with_a_bias_and_where_the_head_is_frozen(monkeypatch):
+    """Autograd's own gradients in float64, in several chunks and pieces; a frozen head gets none."""
+    monkeypatch.setattr(policy, "LOGPROB_CHUNK", 20)  # pieces of 16 and 4
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, bias, scale = (torch.randn(*shape, generator=g)
+                                   for shape in ((50, 8), (30, 8), (30,), (50,)))
+    target = torch.randint(0, 30, (50,), generator=g)
+    ours = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    logp, entropy = policy._HeadLogprobs.apply(*ours, target, 0.7)
+    (logp * scale).sum().backward()
+    plain = [x.double().requires_grad_() for x in (hidden, weight, bias)]
+    all_logp = torch.log_softmax((plain[0] @ plain[1].T + plain[2]) / 0.7, -1)
+    want = all_logp.gather(1, target[:, None])[:, 0]
+    (want * scale).sum().backward()
+    torch.testing.assert_close(logp.double(), want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), -(all_logp.exp() * all_logp).sum(-1), rtol=0,
+                               atol=1e-5)
+    for x, y in zip(ours, plain):
+        torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-4, atol=1e-5)
+    alone = hidden.clone().requires_grad_()
+    (policy._HeadLogprobs.apply(alone, weight, bias, target, 0.7)[0] * scale).sum().backward()
+    torch.testing.assert_close(alone.grad, ours[0].grad)
+    assert weight.grad is None and bias.grad is None
 
 
 def test_bfloat16_model_gives_float32_logprobs(loaded):
