@@ -571,7 +571,7 @@ def test_token_logprobs_and_gradient_against_float64(loaded, monkeypatch, kind, 
 
 
 def test_head_logprobs_with_a_bias_and_where_the_head_is_frozen(monkeypatch):
-    """Autograd's own gradients in float64, in several chunks and pieces; a frozen head gets none."""
+    """Autograd in float64 has the same gradients; several chunks and pieces; a frozen head."""
     monkeypatch.setattr(policy, "LOGPROB_CHUNK", 20)  # pieces of 16 and 4
     g = torch.Generator().manual_seed(0)
     hidden, weight, bias, scale = (torch.randn(*shape, generator=g)
