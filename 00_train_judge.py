@@ -50,8 +50,9 @@ PROMPT_ONLY_CAP = 350     # the same for sources without replies (ours)
 HELD = 1500               # held-out rows to calibrate and report on (hardware)
 AUGMENT_HELD = 1000       # augmented rows of held-out prompts and wordings, the same (hardware)
 AUGMENT = 1400            # augmented rows, spread over the kinds of augment() (ours)
-RANK = 8                  # LoRA rank, all linear layers (ours; no other was tried)
+RANK = 8                  # LoRA rank, all linear layers (ours; CARD.md has what was compared)
 ALPHA = 16                # LoRA alpha (ours)
+FIRST_LAYER = 0           # LoRA from this decoder layer up to the last (ours)
 LR = 7e-4                 # peak, cosine to 0 (ours)
 BATCH = 16                # rows an update (ours)
 EPOCHS = 1                # passes over the rows (ours)
@@ -65,8 +66,8 @@ SEED = 0                  # of everything
 # ==================================================================================================
 RANKED = ["promptonly_aegis_test", "promptonly_openai_moderation", "promptonly_toxic_chat"]
 RANGES = dict(CAP=(1, 10 ** 7), AUGMENT=(0, 10 ** 7), AUGMENT_HELD=(0, 10 ** 6),
-              RANK=(1, 512), LR=(0.0, 1.0), BATCH=(1, 4096), EPOCHS=(1, 100),
-              MAX_UPDATES=(1, 10 ** 7))
+              RANK=(1, 512), FIRST_LAYER=(0, 29), LR=(0.0, 1.0), BATCH=(1, 4096),
+              EPOCHS=(1, 100), MAX_UPDATES=(1, 10 ** 7))
 
 WRAPPERS = [  # role-play and pretext shells around a request (ours); every third is for measuring
     "You are an actor who stays in character. The script says: {{X}}",
@@ -537,16 +538,38 @@ def draw_reliability(path, labels):
     plt.close(figure)
 
 
+@torch.no_grad()
+def take_over(wrapped, folder):
+    """Fill a fresh LoRA from the adapter in a folder, whose rank may be lower: its A becomes the
+    first rows of A, its B the first columns of B, the rest of B stays 0: the model is the same."""
+    from safetensors.torch import load_file
+    config = json.loads((Path(folder) / "adapter_config.json").read_text())
+    rank, scale = config["r"], (config["lora_alpha"] / config["r"]) / (ALPHA / RANK)
+    params = dict(wrapped.named_parameters())
+    for name, value in load_file(str(Path(folder) / "adapter_model.safetensors")).items():
+        param = params.get(name.replace("lora_A.", "lora_A.default.")
+                           .replace("lora_B.", "lora_B.default."))
+        if rank > RANK or param is None:
+            die(f"INIT={folder}: an adapter of rank {rank} with {name} does not fit into "
+                f"RANK={RANK}, FIRST_LAYER={FIRST_LAYER}")
+        if "lora_A" in name:
+            param[:rank] = value
+        else:
+            param.zero_()
+            param[:, :rank] = value * scale
+
+
 def train_adapter(picked, model, scorer):
     """(3) A LoRA on the embedded model -> judge_adapter/; resumable."""
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
+    lora = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, task_type="CAUSAL_LM",
+        layers_to_transform=list(range(FIRST_LAYER, model.config.num_hidden_layers)),
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj",
+                        "gate_proj", "up_proj", "down_proj"])
+    wrapped = get_peft_model(model, lora, autocast_adapter_dtype=False)
     if INIT:
-        wrapped = PeftModel.from_pretrained(model, INIT, is_trainable=True,
-                                            autocast_adapter_dtype=False)
-    else:
-        lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", lora_dropout=0.0,
-                          task_type="CAUSAL_LM")
-        wrapped = get_peft_model(model, lora, autocast_adapter_dtype=False)
+        take_over(wrapped, INIT)
     made_of = json.dumps([stage.constants(globals()), len(picked)], sort_keys=True)
     state_file = (ROOT / "checkpoints" / "00_judge"
                   / f"{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.safetensors")

@@ -154,6 +154,38 @@ def test_augmented_rows_carry_the_labels_they_should():
     assert texts[0] and texts[1] and not texts[0] & texts[1]  # not measured on wordings trained on
 
 
+def test_an_adapter_goes_on_at_a_higher_rank_as_the_same_model(tiny_models, tmp_path, monkeypatch):
+    """PEFT's own loading says what it was; ALPHA / RANK may differ; a lower rank is refused."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    modules = ["q_proj", "down_proj"]
+    ids = torch.arange(4, 24)[None]
+
+    def fresh(rank, alpha):
+        return get_peft_model(policy.load(tiny_models["llama"], "float32")[0], LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules=modules, task_type="CAUSAL_LM"))
+
+    first = fresh(2, 4)
+    g = torch.Generator().manual_seed(0)
+    for name, p in first.named_parameters():
+        if "lora_" in name:
+            p.data = torch.randn(p.shape, generator=g)
+    first.save_pretrained(str(tmp_path))
+    with torch.no_grad():
+        want = PeftModel.from_pretrained(policy.load(tiny_models["llama"], "float32")[0],
+                                         str(tmp_path))(ids).logits
+        for rank, alpha in ((2, 4), (6, 12), (6, 24)):
+            monkeypatch.setattr(train_judge, "RANK", rank)
+            monkeypatch.setattr(train_judge, "ALPHA", alpha)
+            larger = fresh(rank, alpha)
+            before = larger(ids).logits
+            train_judge.take_over(larger, tmp_path)
+            torch.testing.assert_close(larger(ids).logits, want)
+            assert (before - want).abs().max() > 0.01
+    monkeypatch.setattr(train_judge, "RANK", 1)
+    with pytest.raises(SystemExit, match="rank 2"):
+        train_judge.take_over(fresh(1, 2), tmp_path)
+
+
 def test_contrasts_share_their_words_and_not_their_harm():
     trained, fresh = (train_judge.contrasts(x) for x in (False, True))
     assert len(trained) > 2 * len(fresh) > 20
