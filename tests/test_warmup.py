@@ -179,7 +179,7 @@ def test_an_adapter_goes_on_at_a_higher_rank_as_the_same_model(tiny_models, tmp_
             larger = fresh(rank, alpha)
             before = larger(ids).logits
             train_judge.take_over(larger, tmp_path)
-            torch.testing.assert_close(larger(ids).logits, want)
+            torch.testing.assert_close(larger(ids).logits, want, rtol=0, atol=1e-3)
             assert (before - want).abs().max() > 0.01
     monkeypatch.setattr(train_judge, "RANK", 1)
     with pytest.raises(SystemExit, match="rank 2"):
