@@ -505,8 +505,8 @@ class _HeadLogprobs(torch.autograd.Function):
 
     LOGPROB_CHUNK tokens at a time, and again in the backward pass, where the chunk's own buffer
     turns into the gradient: (onehot - softmax) / temperature. What is done word by word is done for
-    a few tokens at a time, which on a CPU stay in its cache. Against autograd through log_softmax:
-    README, "Speed and memory".
+    a few tokens at a time, which on a CPU stay in its cache. Against the plain form:
+    bench/logprobs.py.
     """
 
     @staticmethod
