@@ -555,7 +555,6 @@ def take_over(wrapped, folder):
         if "lora_A" in name:
             param[:rank] = value
         else:
-            param.zero_()
             param[:, :rank] = value * scale
 
 
