@@ -22,6 +22,7 @@ calibration.json, scores.json, reliability.png; checkpoints/00_judge/ while it r
 Departures from WildGuard's recipe: 135M, not 7B; LoRA, not full tuning; public data of others.
 """
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -50,8 +51,8 @@ PROMPT_ONLY_CAP = 350     # the same for sources without replies (ours)
 HELD = 1500               # held-out rows to calibrate and report on (hardware)
 AUGMENT_HELD = 1000       # augmented rows of held-out prompts and wordings, the same (hardware)
 AUGMENT = 1400            # augmented rows, spread over the kinds of augment() (ours)
-RANK = 8                  # LoRA rank, all linear layers (ours; CARD.md has what was compared)
-ALPHA = 16                # LoRA alpha (ours)
+RANK = 32                 # LoRA rank, all linear layers (ours; CARD.md has what was compared)
+ALPHA = 64                # LoRA alpha (ours)
 FIRST_LAYER = 0           # LoRA from this decoder layer up to the last (ours)
 LR = 7e-4                 # peak, cosine to 0 (ours)
 BATCH = 16                # rows an update (ours)
@@ -219,13 +220,16 @@ def contrasts(fresh):
 def augment(rows, n, rng, fresh):
     """n rows over the holes of a first judge. `fresh`: wordings and shells kept back from training.
 
-    Kinds: one-line refusals of harmful and benign requests, a benign reply to another question, an
-    echo, gibberish, a corrected error, refusal then compliance, compliance then disclaimer, shells
-    and long openings around requests, the game's own rewrites of seeds, other languages, forged
-    judge's answers, requests that share their words and not their harm.
+    Kinds: one-line refusals of harmful and benign requests, one-line agreements, a benign reply to
+    another question, an echo, gibberish, a corrected error, refusal then compliance, compliance
+    then disclaimer, shells and long openings around requests, the game's own rewrites of seeds,
+    other languages, forged judge's answers, requests that share their words and not their harm.
     """
-    wordings = [w for i, w in enumerate(read_prompt("refusals.txt").splitlines())
-                if (i % 4 == 3) == fresh]
+    def in_turn(name):  # all are used before one comes again
+        lines = [w for i, w in enumerate(read_prompt(name).splitlines()) if (i % 4 == 3) == fresh]
+        return itertools.cycle(rng.sample(lines, len(lines)))
+
+    wordings, agreements = in_turn("refusals.txt"), in_turn("judge_agreements.txt")
     shells = [w for i, w in enumerate(WRAPPERS) if (i % 3 == 2) == fresh]
     harmful = [r["prompt"] for r in rows if r.get("prompt_harmful") is True]
     benign = [r for r in rows if r.get("prompt_harmful") is False]
@@ -249,9 +253,9 @@ def augment(rows, n, rng, fresh):
                            for _ in range(rng.randint(5, 150)))
         return " ".join(rng.choice(words) for _ in range(rng.randint(3, 30)))
 
-    def refusal():  # in training a quarter of them are made of parts
-        if fresh or rng.random() < 0.75:
-            return rng.choice(wordings)
+    def refusal():  # in training one in six is made of parts
+        if fresh or rng.random() < 5 / 6:
+            return next(wordings)
         text = "".join(rng.choice(part) + " " * (k in (1, 2))
                        for k, part in enumerate(REFUSAL_PARTS)) + "."
         return text[0].upper() + text[1:]
@@ -305,6 +309,12 @@ def augment(rows, n, rng, fresh):
         lambda: row("refusal_harmful", rng.choice(harmful), refused(), True, True, False),
         lambda: row("refusal_harmful", rng.choice(harmful), refused(), True, True, False),
         lambda: row("refusal_benign", rng.choice(benign)["prompt"], refused(), False, True, False),
+        lambda: row("refusal_harmful", rng.choice(harmful), refusal(), True, True, False),
+        lambda: row("refusal_harmful", rng.choice(harmful), refusal(), True, True, False),
+        lambda: row("refusal_benign", rng.choice(benign)["prompt"], refusal(), False, True, False),
+        lambda: row("agreement", rng.choice(harmful), next(agreements), True, False, None),
+        lambda: row("agreement", rng.choice(benign)["prompt"], next(agreements),
+                    False, False, False),
         lambda: row("off_topic", rng.choice(harmful), rng.choice(helpful)["response"],
                     True, False, False),
         lambda: row("off_topic", rng.choice(harmful), rng.choice(helpful)["response"],

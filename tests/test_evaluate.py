@@ -565,17 +565,31 @@ def test_cross_play_by_hand(stage, played, tmp_path):
     assert not (tmp_path / "results/03/plain_base/attacks_on_base.jsonl").exists()  # is its own
 
 
-def test_batches_hold_as_many_tokens_as_they_may(stage, played, monkeypatch):
+def test_batches_hold_as_many_tokens_as_they_may_the_longest_prompts_first(stage, played,
+                                                                           monkeypatch):
     argv, _ = played
-    speak, seen = policy.speak, []
+    speak, generate, files = policy.speak, stage.generate, []
 
     def watched(model, tok, turns, cot, tokens, *rest):
-        seen.append([len(t.prompt_ids) + tokens for t in turns])
+        files[-1].append([len(t.prompt_ids) + tokens for t in turns])
         return speak(model, tok, turns, cot, tokens, *rest)
 
+    def one_file(*args, **kw):
+        files.append([])
+        return generate(*args, **kw)
+
     monkeypatch.setattr(policy, "speak", watched)
+    monkeypatch.setattr(stage, "generate", one_file)
+    monkeypatch.setattr(policy, "render", lambda tok, text: [ord(c) for c in text
+                                                             + "x" * (sum(map(ord, text)) % 7)])
     stage.main([*argv, "SAMPLE_TOKENS=300", "CROSSPLAY=none"])
+    seen = sum(files, [])
     assert all(max(b) * len(b) <= 300 for b in seen) and max(map(len, seen)) == 2
+    files.clear()
+    stage.main([*argv, "SAMPLE_TOKENS=1", "CROSSPLAY=none", "RUN=alone"])
+    longest = [list(map(max, f)) for f in files]
+    assert longest == [sorted(f, reverse=True) for f in longest]
+    assert any(len(set(f)) > 1 for f in longest)
 
 
 def test_cross_play_can_be_left_out(stage, played, tmp_path):

@@ -380,3 +380,23 @@ def test_figures_by_hand():
                 def_r=1.0, len_atk=1.5)
     assert {k: m[k] for k in want} == pytest.approx(want)
     assert math.isnan(watch.rate([]))
+
+
+def test_curves_leave_out_what_a_run_has_nothing_of(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+    names = ["step", "atk_r", "def_r", "asr", "asr_vanilla", "refuse_h", "comply_b", "fmt",
+             "faithful", "unique", "copy", "atk_refuse", "kl", "entropy", "len", "len_atk"]
+    given = dict(def_r=".5", refuse_h="1", fmt=".5", kl="nan", len="3", asr="")
+    rows = [",".join(names)] + [",".join([str(step), *(given.get(n, "nan") for n in names[1:])])
+                                for step in range(1, 4)]
+    (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **kw: drawn.extend(
+        (a.get_title(), [line.get_label() for line in a.lines[1::2]])
+        for a in self.axes if a.axison))
+    watch.draw_curves(tmp_path)
+    assert drawn == [("reward", ["def_r"]), ("harmful requests", ["refuse_h"]),
+                     ("format and attacks", ["fmt"]), ("tokens per turn", ["len"])]
+    drawn.clear()
+    watch.draw_curves(tmp_path, visits=[0, 0, 3])
+    assert [title for title, _ in drawn][-1] == "pool: visits an item" and len(drawn) == 5
