@@ -4,7 +4,7 @@
     python 00_train_judge.py DATA_DIR=... INIT=judge_adapter CAP=220 PROMPT_ONLY_CAP=60 \\
         AUGMENT=500 LR=3e-4 SEED=1         a second, short round on other rows; CARD.md has all
 
-Cost: 48 min, 15 GB on 2 cores, a further round 11 to 29 min.
+Cost: 48 min, 15 GB on 2 cores, a further round 11 to 58 min.
 Input: every *.jsonl of DATA_DIR/train (or DATA_DIR), fields prompt,
 response (null: prompt only), prompt_harmful, response_refusal, response_harmful (true, false, or
 null for not labelled), source. Output: judge_adapter/ (committed) with adapter_model.safetensors,

@@ -341,8 +341,8 @@ def load_judge(name, quantize="auto", scoring="constrained", judge_tokens=JUDGE_
     if not (ADAPTER / "adapter_model.safetensors").exists():
         die("judge_adapter/ not found: run python 00_train_judge.py "
             "DATA_DIR=<folder of labelled exchanges> first")
-    from peft import PeftModel
     model, tok = policy.load(policy.EMBEDDED, "float32")  # merged in float32, then rounded once
+    from peft import PeftModel  # after load: it brings in bitsandbytes, whose warning load stops
     model = PeftModel.from_pretrained(model, str(ADAPTER),
                                       autocast_adapter_dtype=False).merge_and_unload()
     model = model.to(policy.pick_dtype("auto")).eval().requires_grad_(False)
