@@ -270,7 +270,8 @@ def test_batches_hold_what_fits(monkeypatch):
 
 
 @pytest.mark.parametrize("cut", [1, 60, 250])
-def test_killed_and_started_again_gives_the_same_bytes(tiny_models, tmp_path, monkeypatch, cut):
+def test_killed_and_started_again_gives_the_same_bytes(tiny_models, tmp_path, monkeypatch, cut,
+                                                       capsys):
     monkeypatch.setattr(capability, "TOKENS", 2000)  # several batches a subject
     for subject in ("a", "b"):
         mmlu(tmp_path, subject, 7)
@@ -285,6 +286,8 @@ def test_killed_and_started_again_gives_the_same_bytes(tiny_models, tmp_path, mo
     path = tmp_path / "out/mmlu.jsonl"
     whole = path.read_bytes()
     assert len(loads) == 2 and whole.count(b"\n") == 14
+    told = [x for x in capsys.readouterr().out.splitlines() if "mmlu.jsonl: " in x]
+    assert told[-1] == "out/mmlu.jsonl: 14 of 14" and all(x.endswith(" of 14") for x in told)
     path.write_bytes(whole[:-cut])
     capability.run(loaded, tmp_path / "out", sets)
     assert path.read_bytes() == whole

@@ -169,6 +169,20 @@ def test_a_file_resumed_from_any_byte_is_the_same(stage, tmp_path, cut):
     assert path.read_bytes() == whole
 
 
+def test_labels_of_another_adapter_are_other_labels(stage, tmp_path):
+    """A folder with an adapter is a judge: its digest changes with its weights or calibration."""
+    names, digests = ("adapter_config.json", "adapter_model.safetensors", "calibration.json"), set()
+    for n in range(3):
+        for k, name in enumerate(names):
+            (tmp_path / name).write_text("new" if k == n else "old")
+        digests.add(stage.find_judge(str(tmp_path)))
+    assert len(digests) == 3  # old weights, new weights, new calibration
+    (tmp_path / "calibration.json").unlink()
+    with pytest.raises(SystemExit) as problem:
+        stage.find_judge(str(tmp_path))
+    assert "calibration.json" in str(problem.value)
+
+
 # ---- (4) score
 
 def test_interval_is_close_to_the_normal_one(stage):
