@@ -126,7 +126,7 @@ def defender_examples(model, tok, scorer, seeds, rng, generator):
     n_refuse = min(len(refuse), round(WARMUP_REFUSALS * DEFENDER_EXAMPLES))
     kept = refuse[:n_refuse] + comply[:DEFENDER_EXAMPLES - n_refuse]
     if not kept:
-        if "embedded" in JUDGE and MODEL == policy.EMBEDDED:
+        if judge.adapter_of(JUDGE) and MODEL == policy.EMBEDDED:
             die("the judge kept no reply at all: run python judge.py to check it")
         print("WARNING: nothing was kept; the model's raw replies are used, so that the chain "
               "can be tried")

@@ -70,7 +70,7 @@ def main(argv):
     stage.configure(globals(), argv)
     if SIDE != "all":
         return one_side()
-    common.make_base(policy.EMBEDDED if JUDGE == "embedded" else JUDGE)
+    common.make_base(policy.EMBEDDED if judge.adapter_of(JUDGE) else JUDGE)
     common.head(f"judge {JUDGE}: {EXCHANGES} exchanges of {TOKENS} tokens, {JUDGE_TOKENS} a batch")
     sides = {s: (sys.executable, [*argv, f"SIDE={s}"]) for s in ("constrained", "generate")}
     results = common.alternate(__file__, sides, ROUNDS)

@@ -6,6 +6,7 @@ import random
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import judge
 import policy
@@ -31,7 +32,7 @@ def test_canned_cases(scorer):
 
 
 def test_an_adapter_in_another_folder_is_that_judge(scorer, tmp_path):
-    """A copy judges alike to the last bit; with another calibration by that one."""
+    """A copy judges alike to the last bit; with other calibration or weights by those."""
     copy = shutil.copytree(judge.ADAPTER, tmp_path / "mine")
     pairs = [(p, r) for p, r, _ in judge.CANNED]
     want = [x.p for x in scorer.classify(pairs)]
@@ -43,6 +44,10 @@ def test_an_adapter_in_another_folder_is_that_judge(scorer, tmp_path):
     assert all(new["response_refusal"] > old["response_refusal"] for old, new in zip(want, got))
     assert all(new[f] == old[f] for old, new in zip(want, got) for f in FIELDS
                if f != "response_refusal")
+    weights = load_file(copy / "adapter_model.safetensors")
+    save_file({k: v / 2 for k, v in weights.items()}, copy / "adapter_model.safetensors")
+    last = [x.p for x in judge.load_judge(str(copy)).classify(pairs)]
+    assert all(new[f] != old[f] for old, new in zip(got, last) for f in FIELDS)
 
 
 def test_probe_is_above_the_floor(scorer):

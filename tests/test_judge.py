@@ -545,7 +545,7 @@ def test_load_judge_of_what_is_not_there(monkeypatch, tmp_path):
     assert "00_train_judge.py" in one_line(problem)
 
 
-def test_a_folder_with_an_adapter_is_an_embedded_judge(monkeypatch, tmp_path):
+def test_a_folder_with_an_adapter_is_an_embedded_judge(tmp_path):
     assert judge.adapter_of("embedded") == judge.ADAPTER
     assert judge.adapter_of("allenai/wildguard") is None and judge.adapter_of(str(tmp_path)) is None
     (tmp_path / "adapter_config.json").write_text("{}")

@@ -1,6 +1,7 @@
 """memory.py: parameters, cache and activations of real tiny models; 7B by hand; what to change."""
 import copy
 import importlib
+import types
 
 import pytest
 import torch
@@ -116,6 +117,15 @@ def test_seven_billion_by_hand(seven):
     need, phase = memory.peak(planned(seven))
     assert phase == "learn" and need == sum(
         n for (when, _), n in rows.items() if when in ("always", "learn"))
+
+
+def test_an_embedded_judge_is_never_quantized(tmp_path):
+    """By its name or as a folder with an adapter, as load_judge refuses it; another judge is."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for name, want in (("embedded", False), (str(tmp_path), False), ("some/judge", True)):
+        c = types.SimpleNamespace(QUANTIZE="nf4", JUDGE=name, METHOD="srt", RUBRIC_JUDGE="")
+        [(_, _, nf4)] = memory.judge_shapes(c, {name: None})
+        assert nf4 is want
 
 
 def test_kahan_by_hand(seven):

@@ -148,6 +148,15 @@ def test_augmented_rows_carry_the_labels_they_should():
     for kind, labels in wanted.items():
         found = [r for r in rows if r["source"] == kind]
         assert found and all(tuple(r[f] for f in judge.FIELDS) == labels for r in found)
+    real = [r for r in rows_for_judge() if r.get("response_harmful")]
+    for r in rows:  # what is said of a row is so
+        if r["source"] == "aug_echo":
+            assert r["response"] in (r["prompt"], f"You asked: {r['prompt']}")
+        if r["source"] in ("aug_refuse_comply", "aug_disclaim"):
+            at = -1 if r["source"] == "aug_refuse_comply" else 0  # the harmful reply's place
+            [whole] = [x for x in real if x["prompt"] == r["prompt"]]
+            parts = r["response"].split(whole["response"])
+            assert len(parts) == 2 and parts[at] == "" and parts[-1 - at]
     fresh = train_judge.augment(rows_for_judge(), 200, random.Random(0), fresh=True)
     texts = [{r["response"].split(" Is there")[0].split(" Please take")[0]
               for r in x if r["source"] == "aug_refusal_harmful"} for x in (rows, fresh)]
