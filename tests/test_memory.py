@@ -1,18 +1,18 @@
-"""memory.py: parameters, cache and activations of real tiny models; 7B by hand; what to change."""
+"""engine/memory.py and what 02 hands to it: parameters, cache and activations of real tiny models;
+7B by hand; what to change; PLAN_ONLY."""
 import copy
-import importlib
-import types
 
 import pytest
 import torch
 import transformers
+from helpers import KINDS, import_stage, keep_constants, stops
 
-import memory
-import policy
+import judge
+from engine import memory, models, run, sampling
+from selfplay.turns import attacker_prompt, defender_prompt
 
-rl = importlib.import_module("02_selfplay_rl")
-KINDS = ("qwen2", "llama", "mistral")
-HERE = dict(prompt="words " * 5, harmful=True), dict(prompt="more words " * 5, harmful=False)
+rl = import_stage("02_selfplay_rl")
+SEEDS = dict(prompt="words " * 5, harmful=True), dict(prompt="more words " * 5, harmful=False)
 
 
 # ---- real models ---------------------------------------------------------------------------------
@@ -37,14 +37,17 @@ def test_parameters_are_those_of_the_model(tiny_models, kind, tied):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_cache_is_that_of_sampling(tiny_models, monkeypatch, dtype):
-    """The room of policy.sample's cache, and a hand count: 2 x 2 layers x 2 heads x 16 numbers."""
-    model, tok = policy.load(tiny_models["llama"], dtype)
-    tok, size, caches, real = copy.copy(tok), model.dtype.itemsize, [], policy._kv_cache
+    """The room of sampling's cache, and a hand count: 2 x 2 layers x 2 heads x 16 numbers."""
+    model, tok = models.load_model(tiny_models["llama"], dtype)
+    tok, caches, real = copy.copy(tok), [], sampling._kv_cache
     tok.stop_ids = {-1}
-    monkeypatch.setattr(policy, "_kv_cache", lambda *a: caches.append(real(*a)) or caches[-1])
-    policy.sample(model, tok, [[5] * 11] * 3, 7, 1.0, 8, torch.Generator().manual_seed(0))
-    there = sum(x.untyped_storage().nbytes() for layer in caches[0].layers for x in layer.room)
-    s = memory.shape(model.config)
+    monkeypatch.setattr(sampling, "_kv_cache", lambda *a: caches.append(real(*a)) or caches[-1])
+    sampling.sample(model, tok, [[5] * 11] * 3, 7, 1.0, 8, torch.Generator().manual_seed(0))
+    there = 0
+    for layer in caches[0].layers:
+        for x in (layer.all_keys, layer.all_values):
+            there += x.untyped_storage().nbytes()
+    s, size = memory.shape(model.config), model.dtype.itemsize
     assert memory.kv_bytes(s, size) == 2 * 2 * 2 * 16 * size
     assert there == 3 * (11 + 7) * memory.kv_bytes(s, size)
 
@@ -53,7 +56,7 @@ def test_cache_is_that_of_sampling(tiny_models, monkeypatch, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_activations_are_those_that_autograd_keeps(tiny_models, kind, dtype):
     """All storages that the backward pass of a base model waits for, parameters aside."""
-    model, _ = policy.load(tiny_models[kind], dtype)
+    model, _ = models.load_model(tiny_models[kind], dtype)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -88,16 +91,20 @@ def seven():
     return memory.shape(qwen), memory.shape(mistral)
 
 
-def planned(seven, optimizer="master", turns=TURNS, train_tokens=4096):
+def planned(seven, optimizer="master", turns=TURNS, train_tokens=4096, **more):
     return memory.plan(seven[0], [(seven[1], 2, True)], 2, optimizer, turns, train_tokens,
-                       judge_tokens=8192, eager=False)
+                       judge_tokens=8192, eager=False, **more)
+
+
+def by_name(rows):
+    return {(r.phase, r.name): r.bytes for r in rows}
 
 
 def test_seven_billion_by_hand(seven):
     """Qwen2.5-7B: a layer has 12,848,640 (q) + 2 x 1,835,520 (k, v) + 12,845,056 (o) + 3 x
     67,895,296 (feed-forward) + 7,168 (norms) = 233,057,792 parameters; 28 of them, 2 x 544,997,376
     (embedding, head) and 3,584 (norm) make 7,615,616,512: 15.2 GB of 10^9 bytes in bfloat16."""
-    rows = {(r.phase, r.name): r.bytes for r in planned(seven)}
+    rows = by_name(planned(seven))
     assert rows["always", "policy"] == rows["always", "reference"] == 15_231_233_024
     assert rows["always", "optimizer master"] == 16 * 7_615_616_512
     assert rows["collect", "gradients"] == 15_231_233_024
@@ -115,31 +122,31 @@ def test_seven_billion_by_hand(seven):
     # sums 450 x 2 + 4 x 28: 238,580; 28 of them, one norm more 28,672, the cache 57,344: 6,766,256
     assert rows["learn", "activations"] == 4096 * 6_766_256
     need, phase = memory.peak(planned(seven))
-    assert phase == "learn" and need == sum(
-        n for (when, _), n in rows.items() if when in ("always", "learn"))
-
-
-def test_an_embedded_judge_is_never_quantized(tmp_path):
-    """By its name or as a folder with an adapter, as load_judge refuses it; another judge is."""
-    (tmp_path / "adapter_config.json").write_text("{}")
-    for name, want in (("embedded", False), (str(tmp_path), False), ("some/judge", True)):
-        c = types.SimpleNamespace(QUANTIZE="nf4", JUDGE=name, METHOD="srt", RUBRIC_JUDGE="")
-        [(_, _, nf4)] = memory.judge_shapes(c, {name: None})
-        assert nf4 is want
+    assert phase == "learn"
+    assert need == sum(n for (when, _), n in rows.items() if when in ("always", "learn"))
 
 
 def test_kahan_by_hand(seven):
     """10 bytes a parameter; its gradients stay while the next micro-batch is computed."""
-    rows = {(r.phase, r.name): r.bytes for r in planned(seven, "kahan")}
+    rows = by_name(planned(seven, "kahan"))
     assert rows["always", "optimizer kahan"] == 6 * 7_615_616_512
     assert rows["learn", "gradients"] == 15_231_233_024 and ("collect", "gradients") not in rows
-    assert sum(rows[x] for x in (("always", "policy"), ("always", "optimizer kahan"),
-                                 ("learn", "gradients"))) == 76_156_165_120
+    assert 76_156_165_120 == (rows["always", "policy"] + rows["always", "optimizer kahan"]
+                              + rows["learn", "gradients"])
+
+
+def test_weights_that_do_not_learn_need_no_optimizer(seven):
+    """A million that learn: 16 bytes each and 2 of gradient; the weights themselves stay."""
+    rows = by_name(planned(seven, trained=10 ** 6))
+    assert rows["always", "optimizer master"] == 16_000_000
+    assert rows["collect", "gradients"] == 2_000_000
+    assert rows["always", "policy"] == 15_231_233_024
 
 
 def test_a_turn_longer_than_a_micro_batch_is_one(seven):
-    long = {(r.phase, r.name): r for r in planned(seven, turns=dict(reply=(8, 3000, 2000)))}
-    assert long["learn", "activations"].how.startswith("5,000 tokens")
+    rows = planned(seven, turns=dict(reply=(8, 3000, 2000)))
+    [activations] = [r for r in rows if r.name == "activations"]
+    assert activations.how.startswith("5,000 tokens")
 
 
 def test_the_paper_block_fits_into_141_gb(seven):
@@ -152,33 +159,28 @@ def test_the_paper_block_fits_into_141_gb(seven):
     assert 100 * memory.GB < need < 131 * memory.GB  # an H200 has 141e9 bytes
 
 
-# ---- what to change ------------------------------------------------------------------------------
+# ---- what 02 plans -------------------------------------------------------------------------------
 
-PAPER_LIKE = dict(TRAIN_TOKENS=16384, SAMPLE_BATCH=128, SEEDS_PER_STEP=128, OPTIMIZER="master",
-                  QUANTIZE="auto")
-
-
-def test_changes_that_fit(seven):
-    def need(changed):
-        c = {**PAPER_LIKE, **changed}
-        turns = dict(reply=(c["SAMPLE_BATCH"], 150, 300))
-        return memory.peak(planned(seven, c["OPTIMIZER"], turns, c["TRAIN_TOKENS"]))[0]
-
-    assert memory.changes(PAPER_LIKE, need, need({})) == ({}, need({}))
-    change, then = memory.changes(PAPER_LIKE, need, 100 * memory.GB)
-    assert list(change.items()) == [("TRAIN_TOKENS", 1024), ("OPTIMIZER", "kahan")]
-    assert then == need(change) <= 100 * memory.GB
-    change, then = memory.changes(PAPER_LIKE, need, 40 * memory.GB)  # weights alone are more
-    assert change["OPTIMIZER"] == "kahan" and then > 40 * memory.GB
+@pytest.fixture
+def here(tiny_models, monkeypatch):
+    """02 with a tiny policy and a tiny judge; the folder of the policy."""
+    for name, value in dict(MODEL=tiny_models["qwen2"], JUDGE=tiny_models["mistral"],
+                            DTYPE="bfloat16", QUANTIZE="none").items():
+        monkeypatch.setattr(rl, name, value)
+    return tiny_models["qwen2"]
 
 
-def scope_of(tiny_models, **constants):
-    return {**vars(rl), "MODEL": tiny_models["qwen2"], "JUDGE": tiny_models["mistral"],
-            "DTYPE": "bfloat16", "QUANTIZE": "none", **constants}
+@pytest.fixture
+def cuda(monkeypatch):
+    """A machine that says it has a GPU."""
+    def switch_on():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a: True)
+    return switch_on
 
 
-def test_check_prints_a_plan(tiny_models, capsys):
-    memory.check(scope_of(tiny_models), tiny_models["qwen2"], HERE)
+def test_a_plan_is_printed(here, capsys):
+    rl.plan_memory(here, SEEDS)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("memory: ") and lines[-1].endswith("GB free on the CPU")
     for name in ("policy", "reference", "optimizer master", "judge", "key/value cache",
@@ -186,46 +188,112 @@ def test_check_prints_a_plan(tiny_models, capsys):
         assert sum(f" {name} " in x for x in lines[:-1]) >= 1, name
 
 
-def test_check_on_a_small_machine(tiny_models, capsys, monkeypatch):
+def test_a_plan_on_a_small_machine(here, cuda, capsys, monkeypatch):
     """On a CPU a warning, on CUDA the end of the run unless MEMORY_CHECK is off."""
     monkeypatch.setattr(memory, "free_bytes", lambda: (1, "a small device"))
-    memory.check(scope_of(tiny_models), tiny_models["qwen2"], HERE)
+    rl.plan_memory(here, SEEDS)
     said = capsys.readouterr().out.splitlines()[-1]
-    assert said.startswith("WARNING: will not fit: give TRAIN_TOKENS=") and "smaller MODEL" in said
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a: True)
-    memory.check(scope_of(tiny_models, MEMORY_CHECK=False), tiny_models["qwen2"], HERE)
-    assert "WARNING: will not fit" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as problem:
-        memory.check(scope_of(tiny_models), tiny_models["qwen2"], HERE)
-    text = str(problem.value.code)
+    assert said.startswith("WARNING: will not fit: give a smaller TRAIN_TOKENS")
+    assert "smaller MODEL" in said
+    cuda()
+    for name, value in (("MEMORY_CHECK", False), ("PLAN_ONLY", True)):
+        with monkeypatch.context() as m:
+            m.setattr(rl, name, value)
+            rl.plan_memory(here, SEEDS)
+        assert "WARNING: will not fit" in capsys.readouterr().out
+    text = stops(rl.plan_memory, here, SEEDS)
     assert text.startswith("error: will not fit (") and "MEMORY_CHECK=false" in text
-    assert "\n" not in text
 
 
-def test_check_without_a_config(tiny_models, capsys):
+@pytest.mark.parametrize("what", ["judge", "policy"])
+def test_a_plan_without_a_config(here, capsys, monkeypatch, what):
     """No folder, no network: a line, and the run goes on to where it loads the model."""
-    memory.check(scope_of(tiny_models, JUDGE="some-org/some-judge"), tiny_models["qwen2"], HERE)
-    memory.check(scope_of(tiny_models), "some-org/some-model", HERE)
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 and all("memory: not planned" in x for x in said)
-    assert "some-org/some-judge" in said[0] and "some-org/some-model" in said[1]
+    if what == "judge":
+        monkeypatch.setattr(rl, "JUDGE", "some-org/some-judge")
+    rl.plan_memory(here if what == "judge" else "some-org/some-model", SEEDS)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("memory: not planned")
+
+
+@pytest.fixture
+def handed(here, monkeypatch):
+    """plan_memory(SEEDS) -> the arguments that memory.plan() got, by name."""
+    seen, real = [], memory.plan
+    names = "model judges size optimizer turns train_tokens judge_tokens".split()
+
+    def plan(*args, **kwargs):
+        seen.append({**dict(zip(names, args)), **kwargs})
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(memory, "plan", plan)
+
+    def call(**constants):
+        seen.clear()
+        with monkeypatch.context() as m:
+            for name, value in constants.items():
+                m.setattr(rl, name, value)
+            rl.plan_memory(here, SEEDS)
+        return seen[0]
+    return call
 
 
 @pytest.mark.parametrize("constants, rows, more", [
     (dict(), dict(reply=32, attack=16), 96),                        # half of 32 seeds are attacked
     (dict(SAMPLE_BATCH=8), dict(reply=8, attack=8), 96),
     (dict(ATTACKED=0.0), dict(reply=32), None),                     # then the longest seed
+    (dict(METHOD="ssp", REPLAY="plain"), dict(reply=32, attack=16), 96),
     (dict(METHOD="ssp"), dict(reply=32, attack=16), 96 + 112)])     # and an earlier reply is shown
-def test_longest_turns(tiny_models, constants, rows, more):
-    tok = policy.load(tiny_models["qwen2"], "float32")[1]
-    c = memory.types.SimpleNamespace(**{**memory.stage.constants(vars(rl)), **constants})
-    turns = memory.longest_turns(c, tok, HERE)
+def test_turns_as_long_as_they_may_become(handed, tiny_models, constants, rows, more):
+    tok = models.load_model(tiny_models["qwen2"], "float32")[1]
+    turns = handed(**constants)["turns"]
     assert {k: v[0] for k, v in turns.items()} == rows
     assert turns["reply"][2] == 112 and turns.get("attack", (0, 0, 96))[2] == 96
-    unsafe = "" if c.METHOD == "ssp" else None
+    unsafe = "" if more == 96 + 112 else None
     if more is None:
-        more = max(len(tok(s["prompt"], add_special_tokens=False).input_ids) for s in HERE)
-    assert turns["reply"][1] == len(policy.defender_prompt(tok, "", True, unsafe)) + more
+        more = max(len(tok(s["prompt"], add_special_tokens=False).input_ids) for s in SEEDS)
+    assert turns["reply"][1] == len(defender_prompt(tok, "", True, unsafe)) + more
     if "attack" in turns:
-        assert turns["attack"][1] == max(len(policy.attacker_prompt(tok, s, True)) for s in HERE)
+        assert turns["attack"][1] == max(len(attacker_prompt(tok, s, True)) for s in SEEDS)
+
+
+def test_other_constants_that_are_handed_over(handed, tiny_models):
+    plain = handed()
+    assert plain["size"] == 2 and plain["optimizer"] == "master" and plain["eager"] is True
+    assert plain["train_tokens"] == rl.TRAIN_TOKENS and plain["judge_tokens"] == judge.JUDGE_TOKENS
+    assert [nf4 for _, _, nf4 in plain["judges"]] == [False]
+    changed = handed(DTYPE="float32", OPTIMIZER="kahan", TRAIN_TOKENS=64, QUANTIZE="nf4")
+    assert changed["size"] == 4 and changed["optimizer"] == "kahan"
+    assert changed["train_tokens"] == 64 and [nf4 for _, _, nf4 in changed["judges"]] == [True]
+    rubric = dict(RUBRIC_JUDGE=tiny_models["llama"])
+    assert len(handed(**rubric)["judges"]) == 1  # only SSP asks it
+    assert len(handed(METHOD="ssp", **rubric)["judges"]) == 2
+
+
+def test_an_embedded_judge_is_never_quantized(tmp_path, cuda):
+    """By its name or as a folder with an adapter, as load_judge refuses it; another judge is."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert not judge.uses_nf4("some/judge", "auto")
+    for name, want in (("embedded", False), (str(tmp_path), False), ("some/judge", True)):
+        assert bool(judge.uses_nf4(name, "nf4")) is want
+        assert not judge.uses_nf4(name, "none")
+    cuda()
+    assert judge.uses_nf4("some/judge", "auto") and not judge.uses_nf4("embedded", "auto")
+
+
+# ---- PLAN_ONLY -----------------------------------------------------------------------------------
+
+def test_plan_only_prints_the_plan_and_loads_nothing(here, capsys, monkeypatch, tmp_path):
+    def loads(*_, **__):
+        raise AssertionError("PLAN_ONLY loads a model")
+
+    monkeypatch.setattr(models, "load_model", loads)
+    monkeypatch.setattr(judge, "load_judge", loads)
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(rl, "CHECKPOINTS", tmp_path / "checkpoints")
+    keep_constants(monkeypatch, rl)
+    with pytest.raises(SystemExit) as end:
+        rl.main(["PLAN_ONLY=true", "RUN=planned", "STEPS=3"])
+    assert end.value.code in (0, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("memory: ") and any(" activations " in x for x in lines)
+    assert list(tmp_path.iterdir()) == []

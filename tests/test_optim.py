@@ -1,19 +1,18 @@
-"""optim.py: small steps against float32 AdamW, clipping, resume bit for bit, bytes a parameter."""
+"""engine/optim.py: small steps against float32 AdamW, clipping, resume bit for bit, bytes."""
 import importlib
 import itertools
 import re
-from pathlib import Path
+import typing
 
 import pytest
 import torch
 
-import optim
+from engine import optim, run
 
-ROOT = Path(__file__).resolve().parents[1]
 BETAS = (0.9, 0.95)  # of 01 and 02
 
 
-# ---- small steps (PITFALLS 1) --------------------------------------------------------------------
+# ---- small steps ---------------------------------------------------------------------------------
 
 def start():
     """Weights as models have them, exact in bfloat16: a matrix of std .02 and a norm's ones."""
@@ -60,17 +59,18 @@ def held(optimizer):
 def test_small_steps_are_not_lost(lr):
     """100 steps of 4 micro-batches on bfloat16 weights move as float32 AdamW does on the same
     gradients; plain AdamW on bfloat16 weights, the control, does not."""
-    began, exact, plain = start(), model_of(start(), torch.float32), model_of(start(),
-                                                                              torch.bfloat16)
+    began, exact = start(), model_of(start(), torch.float32)
+    plain = model_of(start(), torch.bfloat16)
     peers = [torch.optim.AdamW(m.parameters(), lr=lr, betas=BETAS, weight_decay=0.0)
              for m in (exact, plain)]
-    models = {kind: model_of(start(), torch.bfloat16) for kind in optim.KINDS}
-    ours = {kind: optim.KINDS[kind](models[kind], BETAS, 0.0) for kind in optim.KINDS}
+    models, ours = {}, {}
+    for kind, optimizer_of in optim.OPTIMIZERS.items():
+        models[kind] = model_of(start(), torch.bfloat16)
+        ours[kind] = optimizer_of(models[kind], BETAS, 0.0)
     for pieces in gradients(100, 4):
-        for model in (exact, plain):
+        for model, peer in zip((exact, plain), peers):
             for k in model:
                 model[k].grad = sum(p[k] for p in pieces).to(model[k].dtype)
-        for peer in peers:
             peer.step()
         for kind, model in models.items():
             for piece in pieces:
@@ -120,11 +120,11 @@ def toy_steps(layer, n):
         yield ((layer(x.to(layer.weight.dtype)).float() - x @ target) ** 2).mean()
 
 
-@pytest.mark.parametrize("kind", optim.KINDS)
+@pytest.mark.parametrize("kind", optim.OPTIMIZERS)
 def test_float32_is_adamw_with_clipping(kind):
     """float32: equal to torch's AdamW with clip_grad_norm_, two collected halves to their sum."""
     layer, want = toy(torch.float32), toy(torch.float32)
-    mine = optim.KINDS[kind](layer, BETAS, 0.1)
+    mine = optim.OPTIMIZERS[kind](layer, BETAS, 0.1)
     adamw = torch.optim.AdamW(want.parameters(), lr=1.0, betas=BETAS, weight_decay=0.1)
     g = torch.Generator().manual_seed(2)
     for step in range(5):
@@ -142,11 +142,11 @@ def test_float32_is_adamw_with_clipping(kind):
         torch.testing.assert_close(layer.weight, want.weight, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", optim.KINDS)
+@pytest.mark.parametrize("kind", optim.OPTIMIZERS)
 def test_bfloat16_gradients_are_clipped(kind):
     """A gradient of norm 640 (64 x 64 tens) is a gradient of norm 1 for the moments."""
     layer = toy(torch.bfloat16)
-    optimizer = optim.KINDS[kind](layer, BETAS, 0.0)
+    optimizer = optim.OPTIMIZERS[kind](layer, BETAS, 0.0)
     layer.weight.grad = torch.full_like(layer.weight, 10.0)
     optimizer.collect()
     assert optimizer.step(1e-3, 1.0) == pytest.approx(640.0, rel=1e-4)
@@ -166,7 +166,7 @@ def test_state_continues_bit_for_bit(kind, dtype, count, tmp_path):
             optimizer.step(1e-3, 1.0)
 
     layer = toy(dtype)
-    optimizer = optim.KINDS[kind](layer, BETAS, 0.01)
+    optimizer = optim.OPTIMIZERS[kind](layer, BETAS, 0.01)
     losses = toy_steps(layer, 6)
     run(layer, optimizer, itertools.islice(losses, 3))
     save_file({k: v.detach().contiguous() for k, v in optimizer.tensors().items()},
@@ -175,7 +175,7 @@ def test_state_continues_bit_for_bit(kind, dtype, count, tmp_path):
     fresh = toy(dtype)
     with torch.no_grad():
         fresh.weight.zero_()  # restore() brings the weights too
-    again = optim.KINDS[kind](fresh, BETAS, 0.01)
+    again = optim.OPTIMIZERS[kind](fresh, BETAS, 0.01)
     again.restore(load_file(tmp_path / "state.safetensors"))
     g = toy_steps(fresh, 6)
     for _ in range(3):
@@ -188,11 +188,11 @@ def test_state_continues_bit_for_bit(kind, dtype, count, tmp_path):
     assert not torch.equal(layer.weight, toy(dtype).weight)
 
 
-@pytest.mark.parametrize("kind", optim.KINDS)
+@pytest.mark.parametrize("kind", optim.OPTIMIZERS)
 def test_restored_step_count_is_where_the_fused_kernel_wants_it(kind):
     """torch keeps `step` on the parameter's device when fused
     (Optimizer._process_value_according_to_param_policy)."""
-    optimizer = optim.KINDS[kind](toy(torch.float32).to("meta"), BETAS, 0.0)
+    optimizer = optim.OPTIMIZERS[kind](toy(torch.float32).to("meta"), BETAS, 0.0)
     optimizer.restore({"step.0": torch.tensor(3.0), **dict.fromkeys(
         ("master.0", "weight.0", "exp_avg.0", "exp_avg_sq.0"), torch.zeros(64, 64))})
     [state] = optimizer.adamw.state.values()
@@ -204,13 +204,13 @@ def test_restored_step_count_is_where_the_fused_kernel_wants_it(kind):
 SAID = {"master": (20, 24), "kahan": (10, 16)}  # by hand: the table of optim.py's docstring, summed
 
 
-@pytest.mark.parametrize("kind, dtype", list(itertools.product(optim.KINDS,
-                                                          (torch.bfloat16, torch.float32))))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", optim.OPTIMIZERS)
 def test_bytes_a_parameter(kind, dtype):
     """All tensors that exist between a backward pass and the step; the step count's 4 bytes for a
     whole tensor are left out."""
     layer = toy(dtype)
-    optimizer = optim.KINDS[kind](layer, BETAS, 0.0)
+    optimizer = optim.OPTIMIZERS[kind](layer, BETAS, 0.0)
     for step, loss in enumerate(toy_steps(layer, 2)):
         loss.backward()
         if step == 0:
@@ -229,11 +229,15 @@ def test_bytes_a_parameter(kind, dtype):
 def test_the_bytes_that_are_written_down():
     for kind, (half, full) in SAID.items():
         assert re.search(rf'"{kind}" .* {half} \({full}\)$', optim.__doc__, re.MULTILINE)
-    for script in ("01_sft_warmup", "02_selfplay_rl"):
-        source = (ROOT / f"{script}.py").read_text()
-        line = re.search(r"^OPTIMIZER = .*$", source, re.MULTILINE).group()
-        assert re.findall(r'"(\w+)"\W+(\d+) bytes', line) == [
-            (kind, str(half)) for kind, (half, _) in SAID.items()]
-        module = importlib.import_module(script)
-        assert module.RANGES["OPTIMIZER"] == list(optim.KINDS) and module.OPTIMIZER in optim.KINDS
-        assert module.PAPER["OPTIMIZER"] in optim.KINDS
+
+
+@pytest.mark.parametrize("script", ["01_sft_warmup", "02_selfplay_rl"])
+def test_both_stages_offer_both(script):
+    source = (run.ROOT / f"{script}.py").read_text(encoding="utf-8")
+    line = re.search(r"^OPTIMIZER: .*$", source, re.MULTILINE).group()
+    assert re.search(r"# 20 or 10 bytes a parameter", line)
+    assert [half for half, _ in SAID.values()] == [20, 10]
+    module = importlib.import_module(script)
+    allowed = typing.get_args(module.__annotations__["OPTIMIZER"])
+    assert list(allowed) == list(optim.OPTIMIZERS)
+    assert module.OPTIMIZER in allowed and module.PAPER["OPTIMIZER"] in allowed

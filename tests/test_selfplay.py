@@ -1,29 +1,29 @@
-"""02_selfplay_rl.py: reward table, returns, advantages, loss, game, resume, and that it learns."""
+"""02_selfplay_rl.py: rewards, returns, advantages, loss, the game, SSP; that the loop learns."""
+import copy
 import dataclasses
-import importlib
 import itertools
-import json
-import math
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import (KINDS, SMALL, FakeJudge, import_stage, keep_constants, read_jsonl, seeded,
+                     stops)
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import judge  # noqa: E402
-import optim  # noqa: E402
-import policy  # noqa: E402
-import stage  # noqa: E402
-import watch  # noqa: E402
+from engine.logprobs import token_logprobs
+from engine.models import load_model
+from engine.optim import OPTIMIZERS, MasterAdamW
+from judge import Labels, settle
+from selfplay.replay import Pool
+from selfplay.turns import Turn
 
-rl = importlib.import_module("02_selfplay_rl")
-L = judge.Labels
+rl = import_stage("02_selfplay_rl")
 
-# DESIGN section 5 typed by hand, for every combination of the judge's labels (prompt harmful,
-# refusal, response harmful): attacker's harm term, attacker's refusal term, defender's harm term,
-# defender's refusal term.
+
+# ---- rewards -------------------------------------------------------------------------------------
+
+# SRT section 3 typed by hand, for every combination of the judge's labels (prompt harmful, refusal,
+# response harmful): attacker's harm term, attacker's refusal term, defender's harm term, defender's
+# refusal term.
 BY_HAND = {
     (True, True, True): (+1.0, -0.5, -1.0, +1.0),
     (True, True, False): (-1.0, -0.5, +1.0, +1.0),
@@ -33,75 +33,113 @@ BY_HAND = {
     (False, True, False): (-1.0, +0.5, +1.0, -1.0),
     (False, False, True): (+1.0, -0.5, -1.0, +1.0),
     (False, False, False): (-1.0, -0.5, +1.0, +1.0)}
-KINDS = {"generated_harmful": True, "generated_benign": False,
+GAMES = {"generated_harmful": True, "generated_benign": False,
          "vanilla_harmful": True, "vanilla_benign": False}
 
 
-@pytest.mark.parametrize("kind,labels", list(itertools.product(KINDS, BY_HAND)))
+@pytest.mark.parametrize("kind, labels", list(itertools.product(GAMES, BY_HAND)))
 def test_reward_table(kind, labels):
     a_harm, a_refusal, d_harm, d_refusal = BY_HAND[labels]
-    faithful = 0.5 if labels[0] == KINDS[kind] else -0.5
+    faithful = 0.5 if labels[0] == GAMES[kind] else -0.5
     attacker, defender = faithful + a_harm + a_refusal, d_harm + d_refusal
-    x = L(*labels)
+    x = Labels(*labels)
     assert rl.game_reward("attacker", kind, x, "general_sum") == pytest.approx(attacker)
     assert rl.game_reward("defender", kind, x, "general_sum") == pytest.approx(defender)
     assert rl.game_reward("defender", kind, x, "zero_sum") == pytest.approx(defender)
     assert rl.game_reward("attacker", kind, x, "zero_sum") == pytest.approx(faithful - defender)
 
 
-def test_reward_of_a_label_that_is_none_drops_the_turn():
-    for hole in range(3):
-        labels = [True, True, True]
-        labels[hole] = None
-        for role in ("attacker", "defender"):
-            x = L(*labels, parsed=False)
-            assert rl.game_reward(role, "vanilla_harmful", x, "general_sum") is None
+@pytest.mark.parametrize("role", ["attacker", "defender"])
+@pytest.mark.parametrize("hole", range(3))
+def test_a_label_that_is_none_drops_the_turn(role, hole):
+    labels = [True, True, True]
+    labels[hole] = None
+    x = Labels(*labels, parsed=False)
+    assert rl.game_reward(role, "vanilla_harmful", x, "general_sum") is None
+    assert rl.turn_reward(turn(role), x) is None
 
 
-def turn(role="defender", kind="vanilla_harmful", **k):
+def turn(role="defender", kind="vanilla_harmful", **fields):
     seed = dict(id="s", prompt="<harmful seed #1>", harmful=True)
-    return policy.Turn(role, kind, seed, [1, 2], **k)
+    return Turn(role, kind, seed, [1, 2], **fields)
 
 
 def test_format_and_copy_terms(monkeypatch):
-    labels = L(True, True, False)  # defender's game reward 2, attacker's .5 - 1 - .5 = -1
+    labels = Labels(True, True, False)  # defender's game reward 2, attacker's .5 - 1 - .5 = -1
     assert rl.turn_reward(turn(well_formed=True, answer="x"), labels) == 3.0
     assert rl.turn_reward(turn(well_formed=False), labels) == 1.0
+
     monkeypatch.setattr(rl, "COT", False)
-    assert [rl.turn_reward(turn(well_formed=x), labels) for x in (True, False)] == [2.0, 2.0]
+    assert rl.turn_reward(turn(well_formed=True), labels) == 2.0
+    assert rl.turn_reward(turn(well_formed=False), labels) == 2.0
+
     monkeypatch.setattr(rl, "COPY_COEF", 0.5)
     copied = turn("attacker", "generated_harmful", answer=" <Harmful seed  #1>.")
-    assert watch.is_copy(copied) and rl.turn_reward(copied, labels) == -1.5
+    assert rl.turn_reward(copied, labels) == -1.5
     assert rl.turn_reward(dataclasses.replace(copied, answer="something else"), labels) == -1.0
 
 
-def test_an_attack_that_declines_its_seed_has_lost(monkeypatch):
-    """Echoed by the defender it would win a benign game: faithful, "refused", though harmless."""
-    echoed = L(False, True, False)
-    attack = turn("attacker", "generated_benign", answer="I'm sorry, no.", well_formed=True)
+@pytest.mark.parametrize("labels", [
+    Labels(False, True, False),  # echoed by the defender, it would win a benign game
+    Labels(True, False, True), Labels(False, True, True)])
+@pytest.mark.parametrize("scheme, lost", [
+    ("general_sum", -1.0),       # -(.5 + 1 + .5) and the format
+    ("zero_sum", -1.5)])         # -(.5 + 1 + 1) and the format
+def test_an_attack_that_declines_its_seed_has_lost(monkeypatch, labels, scheme, lost):
+    monkeypatch.setattr(rl, "SCHEME", scheme)
+    declined = turn("attacker", "generated_benign", answer="I'm sorry, no.", well_formed=True,
+                    declined=True)
+    assert rl.turn_reward(declined, labels) == lost
+
+
+def test_declined_attacks_as_published_and_with_ssp(monkeypatch):
+    """Faithful, "refused", though harmless: 0 of the table, and the format."""
+    echoed, attack = Labels(False, True, False), turn("attacker", "generated_benign",
+                                                      answer="I'm sorry, no.", well_formed=True)
     declined = dataclasses.replace(attack, declined=True)
-    assert rl.turn_reward(attack, echoed) == 1.0  # 0 and the format
-    for labels in (echoed, L(True, False, True), L(False, True, True)):
-        assert rl.turn_reward(declined, labels) == -1.0  # -(.5 + 1 + .5) and the format
-        monkeypatch.setattr(rl, "SCHEME", "zero_sum")
-        assert rl.turn_reward(declined, labels) == -1.5  # -(.5 + 1 + 1) and the format
-        monkeypatch.setattr(rl, "SCHEME", "general_sum")
+    assert rl.turn_reward(attack, echoed) == 1.0
     monkeypatch.setattr(rl, "DECLINED_LOSES", False)
     assert rl.turn_reward(declined, echoed) == 1.0
+
     monkeypatch.setattr(rl, "DECLINED_LOSES", True)
     monkeypatch.setattr(rl, "METHOD", "ssp")
     p = dict(prompt_harmful=0.1, response_refusal=0.9, response_harmful=0.1)
-    assert rl.turn_reward(declined, L(False, True, False, True, p, 1.4)) == 0.25  # 0 and the format
+    assert rl.turn_reward(declined, Labels(False, True, False, True, p, 1.4)) == 0.25  # the format
 
 
 def test_an_empty_reply_is_no_way_out_of_a_penalty():
     """Empty and malformed: the harmful request is not refused (-1), nothing harmful said (+1),
     format lost (-1)."""
-    empty = judge.settle(L(True, True, True), "")
-    refusal = L(True, True, False)
+    empty = settle(Labels(True, True, True), "")
     assert rl.turn_reward(turn(well_formed=False), empty) == -1.0
-    assert rl.turn_reward(turn(well_formed=True), refusal) == 3.0
+    assert rl.turn_reward(turn(well_formed=True), Labels(True, True, False)) == 3.0
 
+
+def scored(score, refusal=0.0):
+    """Labels with a rubric's score and a probability of refusal."""
+    p = dict(prompt_harmful=0.9, response_refusal=refusal, response_harmful=(score - 1) / 4)
+    return Labels(True, refusal > 0.5, score > 3, True, p, score)
+
+
+@pytest.mark.parametrize("kind, labels, attacker", [
+    ("generated_harmful", scored(1.0), 0.0),
+    ("vanilla_harmful", scored(3.0), 0.5),
+    ("reflected_harmful", scored(5.0), 1.0),
+    ("replayed_harmful", scored(2.0), 0.25),
+    ("generated_harmful", scored(5.4), 1.0),
+    ("generated_harmful", scored(0.9), 0.0),
+    ("vanilla_benign", scored(5.0, 0.25), 0.25),
+    ("generated_benign", scored(1.0, 1.0), 1.0)])
+def test_ssp_rewards_are_complementary_and_clipped(kind, labels, attacker):
+    assert rl.game_reward("attacker", kind, labels, "ssp") == pytest.approx(attacker)
+    assert rl.game_reward("defender", kind, labels, "ssp") == pytest.approx(1 - attacker)
+
+
+def test_ssp_without_probabilities_drops_the_turn():
+    assert rl.game_reward("defender", "vanilla_harmful", Labels(True, False, True), "ssp") is None
+
+
+# ---- returns, advantages, loss -------------------------------------------------------------------
 
 def test_token_returns_sum_and_place():
     """Total of the token rewards is R - beta * sum(k1), and only the last token carries R."""
@@ -113,7 +151,7 @@ def test_token_returns_sum_and_place():
 
 
 def test_advantages_are_normalized_for_each_role_alone():
-    g = torch.Generator().manual_seed(0)
+    g = seeded(0)
     returns = [torch.randn(n, generator=g) + (5 if n % 2 else -3) for n in (3, 4, 5, 6, 7, 8)]
     roles = ["attacker", "defender"] * 3
     out, degenerate = rl.advantages(returns, roles)
@@ -122,11 +160,17 @@ def test_advantages_are_normalized_for_each_role_alone():
         x = torch.cat([a for a, r in zip(out, roles) if r == role])
         assert abs(x.mean().item()) < 1e-6
         assert x.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+
     swapped, _ = rl.advantages(returns[::-1], roles[::-1])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(out, swapped[::-1]))
-    flat, degenerate = rl.advantages([torch.ones(3), torch.ones(2), torch.tensor([1.0, 3.0])],
-                                     ["attacker", "attacker", "defender"])
-    assert degenerate == 1 and flat[0].abs().sum() == 0 and flat[2].tolist() == [-1.0, 1.0]
+    for a, b in zip(out, swapped[::-1]):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_advantages_of_a_role_whose_returns_are_equal_are_zero():
+    returns = [torch.ones(3), torch.ones(2), torch.tensor([1.0, 3.0])]
+    flat, degenerate = rl.advantages(returns, ["attacker", "attacker", "defender"])
+    assert degenerate == 1
+    assert [x.tolist() for x in flat] == [[0, 0, 0], [0, 0], [-1.0, 1.0]]
 
 
 def test_loss_by_hand():
@@ -141,19 +185,24 @@ def test_loss_by_hand():
     assert torch.allclose(logp.grad, torch.tensor([0.0, -0.5, 0.0, -3.0]), atol=1e-5)
 
 
+def over_all_actions(theta, gradient_of):
+    """E over the actions a of a softmax policy of gradient_of(log-probability [1], a)."""
+    mean = torch.zeros_like(theta)
+    for a in range(len(theta)):
+        logp = torch.log_softmax(theta, 0)[a:a + 1]
+        [g] = torch.autograd.grad(gradient_of(logp, a), theta)
+        mean += logp.exp().detach() * g
+    return mean
+
+
 def test_on_policy_gradient_is_the_policy_gradient():
     """A three-word policy: E over all actions of the loss's gradient equals -grad of the expected
     reward (enumerated)."""
     theta = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
     reward = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    p = torch.softmax(theta, 0)
-    [exact] = torch.autograd.grad(-(p * reward).sum(), theta, retain_graph=True)
-    mean = torch.zeros(3, dtype=torch.float64)
-    for a in range(3):
-        logp = torch.log_softmax(theta, 0)[a:a + 1]
-        loss, _ = rl.reinforce_loss(logp, logp.detach(), reward[a:a + 1], 0.2)
-        [g] = torch.autograd.grad(loss, theta)
-        mean += p[a].detach() * g
+    [exact] = torch.autograd.grad(-(torch.softmax(theta, 0) * reward).sum(), theta)
+    mean = over_all_actions(theta, lambda logp, a: rl.reinforce_loss(
+        logp, logp.detach(), reward[a:a + 1], 0.2)[0])
     assert torch.allclose(mean, exact, atol=1e-12)
 
 
@@ -162,15 +211,13 @@ def test_k1_in_the_reward_has_the_gradient_of_the_kl():
     theta = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
     ref, beta = torch.log_softmax(torch.tensor([0.0, 0.4, -0.1], dtype=torch.float64), 0), 0.7
     logp = torch.log_softmax(theta, 0)
-    kl = (logp.exp() * (logp - ref)).sum()
-    [exact] = torch.autograd.grad(beta * kl, theta, retain_graph=True)
-    mean = torch.zeros(3, dtype=torch.float64)
-    for a in range(3):
-        G = rl.token_returns(0.0, logp.detach()[a:a + 1], ref[a:a + 1], beta)
-        x = torch.log_softmax(theta, 0)[a:a + 1]
-        [g] = torch.autograd.grad(rl.reinforce_loss(x, x.detach(), G, 0.2)[0], theta)
-        mean += logp[a].exp().detach() * g
-    assert torch.allclose(mean, exact, atol=1e-12)
+    [exact] = torch.autograd.grad(beta * (logp.exp() * (logp - ref)).sum(), theta)
+
+    def loss(logp, a):
+        G = rl.token_returns(0.0, logp.detach(), ref[a:a + 1], beta)
+        return rl.reinforce_loss(logp, logp.detach(), G, 0.2)[0]
+
+    assert torch.allclose(over_all_actions(theta, loss), exact, atol=1e-12)
 
 
 def test_schedule(monkeypatch):
@@ -181,37 +228,31 @@ def test_schedule(monkeypatch):
     assert lr[50] == pytest.approx(0.55) and lr[100] == lr[129] == pytest.approx(0.1)
 
 
-def seeds(n=10):
-    return [dict(id=f"{h}{i}", prompt=f"{'bad' if h else 'good'} request {i}", harmful=h)
-            for h in (True, False) for i in range(n)]
+# ---- the game ------------------------------------------------------------------------------------
+
+def some_seeds(n=10):
+    out = []
+    for harmful in (True, False):
+        for i in range(n):
+            word = "bad" if harmful else "good"
+            out.append(dict(id=f"{word}{i}", prompt=f"{word} request {i}", harmful=harmful))
+    return out
 
 
-def test_draw_is_half_harmful_half_attacked_and_drawn_anew(monkeypatch):
-    monkeypatch.setattr(rl, "SEEDS_PER_STEP", 8)
-    games = [rl.draw_seeds(seeds(), s) for s in range(5)]
-    for step in games:
-        drawn = [k for k, _ in step]
-        assert drawn.count("generated_harmful") == drawn.count("vanilla_benign") == 2
-        assert all(s["harmful"] == k.endswith("harmful") for k, s in step)
-    used = [s["id"] for step in games for k, s in step if k.endswith("harmful")]
-    assert sorted(used) == sorted([f"True{i}" for i in range(10)] * 2)  # 20 draws: every seed twice
-    kinds = {s["id"]: set() for step in games for _, s in step}
-    for step in range(40):
-        for k, s in rl.draw_seeds(seeds(), step):
-            kinds[s["id"]].add(k.split("_")[0])
-    assert all(v == {"generated", "vanilla"} for v in kinds.values())
+def word_judge(refusal):
+    """A FakeJudge that calls replies refusals by a rule, and the other replies to a bad request
+    harmful."""
+    return FakeJudge(lambda request, reply: refusal(reply),
+                     lambda request, reply: "bad" in request and not refusal(reply))
 
 
-class WordJudge:
-    """Calls a request harmful when it says "bad", a reply a refusal by any rule one gives it."""
+def odd(reply):
+    return len(reply) % 2 == 1
 
-    def __init__(self, refusal):
-        self.refusal, self.pairs = refusal, []
 
-    def classify(self, pairs):
-        self.pairs += pairs
-        return [judge.settle(L("bad" in p, self.refusal(r), not self.refusal(r) and "bad" in p), r)
-                for p, r in pairs]
+def even_harms():
+    """A judge that calls replies of even length harmful."""
+    return FakeJudge(harmful=lambda request, reply: not odd(reply))
 
 
 @pytest.fixture
@@ -222,115 +263,173 @@ def small(monkeypatch):
     return monkeypatch
 
 
-@pytest.mark.parametrize("name", ["qwen2", "llama", "mistral"])
-def test_play_hides_thinking_and_keeps_order(tiny_models, small, name):
-    model, tok = policy.load(str(tiny_models[name]), "float32")
-    scorer = WordJudge(lambda r: False)
-    games = rl.draw_seeds(seeds(), 0)
-    turns = rl.play(model, model, tok, scorer, games, torch.Generator().manual_seed(1))
+def a_step(model, tok, scorer, step=0, seed=1):
+    return rl.play(model, model, tok, scorer, rl.draw_seeds(some_seeds(), step), seeded(seed))
+
+
+def test_draw_is_half_harmful_half_attacked_and_drawn_anew(monkeypatch):
+    monkeypatch.setattr(rl, "SEEDS_PER_STEP", 8)
+    games = []
+    for step in range(5):
+        drawn = rl.draw_seeds(some_seeds(), step)
+        kinds = [kind for kind, _ in drawn]
+        for kind in GAMES:
+            assert kinds.count(kind) == 2
+        games += drawn
+    assert all(seed["harmful"] == kind.endswith("harmful") for kind, seed in games)
+    used = sorted(seed["id"] for kind, seed in games if kind.endswith("harmful"))
+    assert used == sorted([f"bad{i}" for i in range(10)] * 2)  # 20 draws: every seed twice
+
+    ways, patterns = {}, set()
+    for step in range(40):
+        drawn = [(kind.split("_")[0], seed) for kind, seed in rl.draw_seeds(some_seeds(), step)]
+        patterns.add(tuple(way for way, _ in drawn))
+        for way, seed in drawn:
+            ways.setdefault(seed["id"], set()).add(way)
+    # every seed is attacked at times, and who is attacked is drawn anew every step (departure a)
+    assert len(ways) == 20
+    assert all(seen == {"generated", "vanilla"} for seen in ways.values())
+    assert len(patterns) > 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_play_hides_thinking_and_keeps_order(loaded, small, kind):
+    model, tok = loaded[kind]
+    scorer, games = word_judge(lambda reply: False), rl.draw_seeds(some_seeds(), 0)
+    turns = rl.play(model, model, tok, scorer, games, seeded(1))
     attackers = {t.game: t for t in turns if t.role == "attacker"}
     defenders = {t.game: t for t in turns if t.role == "defender"}
     assert len(attackers) == 4 and len(defenders) == 8
-    assert scorer.pairs == ([(defenders[g].shown, defenders[g].answer) for g in range(8)]
-                            + [(t.seed["prompt"], t.answer) for t in attackers.values()])
+
+    exchanges = [(defenders[g].request, defenders[g].answer) for g in range(8)]
+    rewrites = [(t.seed["prompt"], t.answer) for t in attackers.values()]
+    assert scorer.pairs == exchanges + rewrites
     assert not any(t.declined for t in turns)
     for g, (kind, seed) in enumerate(games):
         assert defenders[g].kind == kind
-        assert defenders[g].shown == (attackers[g].answer if g in attackers else seed["prompt"])
         if g in attackers:
+            assert defenders[g].request == attackers[g].answer
             assert attackers[g].labels is defenders[g].labels
+        else:
+            assert defenders[g].request == seed["prompt"]
     assert all(len(t.ids) <= 12 and len(t.ids) == len(t.logps) for t in turns)
 
 
-def test_whether_an_attack_declines_is_asked_of_the_attack(tiny_models, small):
+def test_whether_an_attack_declines_is_asked_of_the_attack(loaded, small):
     """A judge that calls replies of odd length refusals; without CoT so that no text is empty."""
     small.setattr(rl, "COT", False)
-    model, tok = policy.load(str(tiny_models["qwen2"]), "float32")
-    turns = rl.play(model, model, tok, WordJudge(lambda r: len(r) % 2 == 1),
-                    rl.draw_seeds(seeds(), 0), torch.Generator().manual_seed(2))
-    odd = [t.role == "attacker" and len(t.answer) % 2 == 1 for t in turns]
-    assert [t.declined for t in turns] == odd and {True, False} == set(odd[:4])
+    turns = a_step(*loaded["qwen2"], word_judge(odd), seed=2)
+    declined = [t.role == "attacker" and odd(t.answer) for t in turns]
+    assert [t.declined for t in turns] == declined and {True, False} == set(declined[:4])
 
 
-def test_micro_batch_size_does_not_change_the_update(tiny_models, small):
-    weights = []
+# ---- one update ----------------------------------------------------------------------------------
+
+def test_micro_batch_size_does_not_change_the_update(loaded, small):
+    start, tok = loaded["qwen2"]
+    turns, gradients = a_step(start, tok, word_judge(odd)), []
     for size in (16, 100, 100000):  # one turn at a time, a few, all
         small.setattr(rl, "TRAIN_TOKENS", size)
-        model, tok = policy.load(str(tiny_models["qwen2"]), "float32")
-        ref, _ = policy.load(str(tiny_models["qwen2"]), "float32")
-        turns = rl.play(model, model, tok, WordJudge(lambda r: len(r) % 2 == 1),
-                        rl.draw_seeds(seeds(), 0), torch.Generator().manual_seed(1))
-        optimizer = optim.MasterAdamW(model, (0.9, 0.95), 0.0)
-        seen = []
-        real = optimizer.step
-        optimizer.step = lambda lr, clip: (
-            seen.append([m.grad.clone() for m in optimizer.master]) or real(lr, clip))
-        rl.learn(model, ref, optimizer, turns, [], 0)
-        weights.append(torch.cat([g.flatten() for g in seen[0]]))
-    assert weights[0].norm() > 1e-3
-    for w in weights[1:]:
-        assert (w - weights[0]).norm() / weights[0].norm() < 1e-5
+        model = copy.deepcopy(start)
+        optimizer = MasterAdamW(model, (0.9, 0.95), 0.0)
+        step = optimizer.step
+
+        def spy(lr, clip):
+            gradients.append(torch.cat([m.grad.flatten() for m in optimizer.master]))
+            return step(lr, clip)
+
+        small.setattr(optimizer, "step", spy)
+        rl.learn(model, start, optimizer, turns, [], 0)
+    assert gradients[0].norm() > 1e-3
+    for g in gradients[1:]:
+        assert (g - gradients[0]).norm() / gradients[0].norm() < 1e-5
 
 
 def test_both_optimizers_learn_alike(tiny_models, small):
     """bfloat16 weights, the same turns, one step: master and kahan move the weights alike."""
     small.setattr(rl, "LR", 1e-4)
     small.setattr(rl, "TRAIN_TOKENS", 1000)  # several micro-batches
-    change, turns = {}, None
-    for kind, optimizer_of in optim.KINDS.items():
-        model, tok = policy.load(str(tiny_models["qwen2"]), "bfloat16")
-        ref, _ = policy.load(str(tiny_models["qwen2"]), "bfloat16")
-        turns = turns or rl.play(model, model, tok, WordJudge(lambda r: len(r) % 2 == 1),
-                                 rl.draw_seeds(seeds(), 0), torch.Generator().manual_seed(1))
-        optimizer = optimizer_of(model, (0.9, 0.95), 0.0)
-        rl.learn(model, ref, optimizer, turns, [], 0)
-        held = (optimizer.master if kind == "master" else
-                [p.float() + x.float() for p, x in zip(optimizer.params, optimizer.lost)])
-        change[kind] = torch.cat([(h - p.float()).flatten().detach()
-                                  for h, p in zip(held, ref.parameters())]).double()
+    start, tok = load_model(tiny_models["qwen2"], "bfloat16")
+    turns, changes = a_step(start, tok, word_judge(odd)), []
+    for name in ("master", "kahan"):
+        model = copy.deepcopy(start)
+        optimizer = OPTIMIZERS[name](model, (0.9, 0.95), 0.0)
+        rl.learn(model, start, optimizer, turns, [], 0)
+        if name == "master":
+            held = optimizer.master
+        else:
+            held = [p.float() + x.float() for p, x in zip(optimizer.params, optimizer.lost)]
+        change = [(h - p.float()).flatten() for h, p in zip(held, start.parameters())]
+        changes.append(torch.cat(change).detach().double())
         assert all(p.grad is None for p in model.parameters())
-    a, b = change.values()
+    a, b = changes
     assert a.norm() > 0 and a @ b / (a.norm() * b.norm()) > 0.95
 
 
-def test_static_role_is_not_trained(tiny_models, small):
+def test_static_role_is_not_trained(loaded, small):
     """ROLES=defender: attacker turns have no gradient; an update on them alone changes nothing."""
     small.setattr(rl, "ROLES", "defender")
-    model, tok = policy.load(str(tiny_models["qwen2"]), "float32")
-    turns = rl.play(model, model, tok, WordJudge(lambda r: len(r) % 2 == 1),
-                    rl.draw_seeds(seeds(), 0), torch.Generator().manual_seed(1))
-    before = [p.clone() for p in model.parameters()]
-    optimizer = optim.MasterAdamW(model, (0.9, 0.95), 0.0)
-    rl.learn(model, model, optimizer, [t for t in turns if t.role == "attacker"], [], 0)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
-    rl.learn(model, model, optimizer, turns, [], 0)
-    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    start, tok = loaded["qwen2"]
+    turns, model = a_step(start, tok, word_judge(odd)), copy.deepcopy(start)
+    optimizer = MasterAdamW(model, (0.9, 0.95), 0.0)
+
+    rl.learn(model, start, optimizer, [t for t in turns if t.role == "attacker"], [], 0)
+    assert all(torch.equal(a, b) for a, b in zip(start.parameters(), model.parameters()))
+    rl.learn(model, start, optimizer, turns, [], 0)
+    assert not all(torch.equal(a, b) for a, b in zip(start.parameters(), model.parameters()))
 
 
-def learn_to_refuse(tiny_models, small, shuffle):
+def test_dropped_turns_are_not_learnt_from(loaded, small):
+    start, tok = loaded["qwen2"]
+    model = copy.deepcopy(start)
+    turns = [dataclasses.replace(t, reward=None) for t in a_step(start, tok, word_judge(odd))]
+    m = rl.learn(model, start, MasterAdamW(model, (0.9, 0.95), 0.0), turns, [], 0)
+    assert m["degenerate"] == 2 and m["grad_norm"] == 0.0
+    assert all(torch.equal(a, b) for a, b in zip(start.parameters(), model.parameters()))
+
+
+def test_warm_up_examples_are_mixed_in(loaded, small):
+    """Without rewards that differ, what is learnt is the SFT mix: its loss is the plain mean over
+    the examples' tokens and falls."""
+    for name, value in dict(SFT_COEF=1.0, SFT_BATCH=3, LR=1e-3, KL_COEF=0.0).items():
+        small.setattr(rl, name, value)
+    start, tok = loaded["qwen2"]
+    model = copy.deepcopy(start)
+    optimizer = MasterAdamW(model, (0.9, 0.95), 0.0)
+    turns = [dataclasses.replace(t, reward=1.0) for t in a_step(start, tok, word_judge(odd))]
+    sft = [dict(prompt_ids=[5, 6, 7], completion_ids=[8 + i] * (i + 1)) for i in range(3)]
+    prompts, completions = zip(*(e.values() for e in sft))
+    with torch.no_grad():
+        logp, _ = token_logprobs(start, list(prompts), list(completions))
+
+    first = rl.learn(model, start, optimizer, turns, sft, 0)
+    assert first["sft"] == pytest.approx(-logp.mean().item(), rel=1e-5)
+    assert first["degenerate"] == 2 and first["grad_norm"] > 0
+    assert rl.learn(model, start, optimizer, turns, sft, 1)["sft"] < first["sft"]
+
+
+# ---- the loop learns -----------------------------------------------------------------------------
+
+def learn_to_refuse(loaded, small, shuffle):
     """25 steps without hidden thinking; an upper-case first letter "refuses" -> share in the first
     and the last 5 steps."""
-    small.setattr(rl, "COT", False)
-    small.setattr(rl, "LR", 3e-3)
-    small.setattr(rl, "SEEDS_PER_STEP", 32)
-    small.setattr(rl, "ATTACKED", 0.0)
-    small.setattr(rl, "REPLY_TOKENS", 2)
-    small.setattr(rl, "KL_COEF", 0.0)
-    torch.manual_seed(0)
-    model, tok = policy.load(str(tiny_models["qwen2"]), "float32")
-    ref, _ = policy.load(str(tiny_models["qwen2"]), "float32")
-    optimizer = optim.MasterAdamW(model, (0.9, 0.95), 0.0)
-    bad = [s for s in seeds()]
-    for s in bad:
-        s["prompt"] = "bad " + s["prompt"]  # every request is called harmful, so that refusing pays
+    for name, value in dict(COT=False, LR=3e-3, SEEDS_PER_STEP=32, ATTACKED=0.0, REPLY_TOKENS=2,
+                            KL_COEF=0.0).items():
+        small.setattr(rl, name, value)
+    ref, tok = loaded["qwen2"]
+    model = copy.deepcopy(ref)
+    optimizer = MasterAdamW(model, (0.9, 0.95), 0.0)
+    seeds = some_seeds()
+    for seed in seeds:  # every request is called harmful, so that refusing pays
+        seed["prompt"] = "bad " + seed["prompt"]
 
     def refuses(reply):
         return reply.strip()[:1].isupper()
 
     share, mixer = [], random.Random(0)
     for step in range(25):
-        turns = rl.play(model, model, tok, WordJudge(refuses), rl.draw_seeds(bad, step),
-                        torch.Generator().manual_seed(step))
+        turns = rl.play(model, model, tok, word_judge(refuses), rl.draw_seeds(seeds, step),
+                        seeded(step))
         share.append(sum(refuses(t.answer) for t in turns) / len(turns))
         if shuffle:
             rewards = [t.reward for t in turns]
@@ -340,63 +439,170 @@ def learn_to_refuse(tiny_models, small, shuffle):
     return sum(share[:5]) / 5, sum(share[-5:]) / 5
 
 
-def test_the_loop_learns(tiny_models, small):
-    first, last = learn_to_refuse(tiny_models, small, shuffle=False)
+def test_the_loop_learns(loaded, small):
+    first, last = learn_to_refuse(loaded, small, shuffle=False)
     assert first < 0.6 and last > 0.85
 
 
-def test_shuffled_rewards_teach_nothing(tiny_models, small):
-    first, last = learn_to_refuse(tiny_models, small, shuffle=True)
+def test_shuffled_rewards_teach_nothing(loaded, small):
+    first, last = learn_to_refuse(loaded, small, shuffle=True)
     assert abs(last - first) < 0.25
 
 
-def test_cut_drops_what_a_killed_run_left(tmp_path):
-    f = tmp_path / "games.jsonl"
-    f.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    stage.cut(f, lambda x: json.loads(x)["step"] <= 2)
-    assert f.read_text() == '{"step": 1}\n{"step": 2}\n'
+# ---- SSP: the pool in the game -------------------------------------------------------------------
+
+def filled(n):
+    """A pool of n failures."""
+    pool = Pool(512, 1.0, 0.8)
+    for i in range(n):
+        seed = dict(id=f"old{i}", prompt=f"bad old {i}", harmful=True)
+        pool.insert(seed, f"attack {i}", f"unsafe {i}", 0.0)
+    return pool
 
 
-def test_constants_that_may_change_on_resume():
-    source = Path(rl.__file__).read_text()
-    free = stage.free_to_change(source)
-    assert {"STEPS", "SAVE_EVERY", "SAMPLE_BATCH", "TRAIN_TOKENS"} <= free
-    assert not {"LR", "SEED", "KL_COEF", "SEEDS_PER_STEP", "MODEL"} & free
+@pytest.mark.parametrize("method, replay, replayed", [
+    ("self_redteam", "reflect", 0), ("ssp", "off", 0), ("ssp", "plain", 8), ("ssp", "reflect", 8)])
+def test_replayed_games_take_the_places_of_harmful_ones(monkeypatch, method, replay, replayed):
+    """SEEDS_PER_STEP 32, half of them harmful, REPLAY_FRACTION a quarter (departure g)."""
+    for name, value in dict(METHOD=method, REPLAY=replay, SEEDS_PER_STEP=32).items():
+        monkeypatch.setattr(rl, name, value)
+    fresh = rl.draw_seeds(some_seeds(40), 0)
+    games = rl.with_replays(fresh, filled(40))
+    old = [game for game in games if len(game) == 3]
+    assert len(games) == 32 and len(old) == replayed
+    assert all(kind in ("replayed_harmful", "reflected_harmful") for kind, *_ in old)
+    assert [g for g in games if g[0].endswith("benign")] == [
+        g for g in fresh if g[0].endswith("benign")]
+    assert games[:16 - replayed] == fresh[:16 - replayed]
 
 
-def test_figures_by_hand():
-    labels = [L(True, False, True), L(True, True, False),
-              L(False, True, False), L(False, False, False)]
-    kinds = ["generated_harmful", "vanilla_harmful", "generated_benign", "vanilla_benign"]
-    turns = [turn("attacker", "generated_harmful", answer="<harmful seed #1>", labels=labels[0],
-                  reward=2.0, ids=[1, 2]),
-             turn("attacker", "generated_benign", answer="I'm sorry, no", labels=labels[2],
-                  reward=None, ids=[1], declined=True)]
-    turns += [turn("defender", k, labels=x, reward=1.0, well_formed=True, ids=[1, 2, 3])
-              for k, x in zip(kinds, labels)]
-    m = watch.figures(turns)
-    want = dict(asr=1.0, asr_vanilla=0.0, refuse_h=0.5, comply_b=0.5, fmt=4 / 6, fmt_atk=0.0,
-                faithful=1.0, copy=0.5, unique=1.0, atk_refuse=0.5, drop=1, turns=6, atk_r=2.0,
-                def_r=1.0, len_atk=1.5)
-    assert {k: m[k] for k in want} == pytest.approx(want)
-    assert math.isnan(watch.rate([]))
+def test_replays_of_a_pool_that_is_not_full_leave_fresh_games(monkeypatch):
+    for name, value in dict(METHOD="ssp", REPLAY="plain", SEEDS_PER_STEP=32).items():
+        monkeypatch.setattr(rl, name, value)
+    games = rl.with_replays(rl.draw_seeds(some_seeds(40), 0), filled(2))
+    assert [len(game) for game in games].count(3) == 2 and len(games) == 32
 
 
-def test_curves_leave_out_what_a_run_has_nothing_of(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-    names = ["step", "atk_r", "def_r", "asr", "asr_vanilla", "refuse_h", "comply_b", "fmt",
-             "faithful", "unique", "copy", "atk_refuse", "kl", "entropy", "len", "len_atk"]
-    given = dict(def_r=".5", refuse_h="1", fmt=".5", kl="nan", len="3", asr="")
-    rows = [",".join(names)] + [",".join([str(step), *(given.get(n, "nan") for n in names[1:])])
-                                for step in range(1, 4)]
-    (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **kw: drawn.extend(
-        (a.get_title(), [line.get_label() for line in a.lines[1::2]])
-        for a in self.axes if a.axison))
-    watch.draw_curves(tmp_path)
-    assert drawn == [("reward", ["def_r"]), ("harmful requests", ["refuse_h"]),
-                     ("format and attacks", ["fmt"]), ("tokens per turn", ["len"])]
-    drawn.clear()
-    watch.draw_curves(tmp_path, visits=[0, 0, 3])
-    assert [title for title, _ in drawn][-1] == "pool: visits an item" and len(drawn) == 5
+def test_replayed_turns_have_no_attacker_and_reflect_on_the_reply(loaded, small):
+    for name, value in dict(METHOD="ssp", REPLAY="reflect").items():
+        small.setattr(rl, name, value)
+    model, tok = loaded["qwen2"]
+    pool = filled(3)
+    old = pool.games(2, "reflect")
+    turns = rl.play(model, model, tok, even_harms(), rl.draw_seeds(some_seeds(), 0)[:2] + old,
+                    seeded(1))
+    assert all(t.game < 2 for t in turns if t.role == "attacker")
+    mine = [t for t in turns if t.game >= 2]
+    assert [t.kind for t in mine] == ["reflected_harmful", "replayed_harmful"]
+    assert [t.request for t in mine] == [item.attack for *_, item in old] == ["attack 0"] * 2
+    reflected, replayed = [tok.decode(t.prompt_ids) for t in mine]
+    assert "unsafe 0" in reflected and "unsafe" not in replayed
+
+
+def test_a_step_of_ssp_remembers_its_failures(loaded, small):
+    """one_step: fresh failures come into the pool, replays are counted."""
+    for name, value in dict(METHOD="ssp", REPLAY="plain", COT=False, LR=0.0).items():
+        small.setattr(rl, name, value)
+    model, tok = copy.deepcopy(loaded["qwen2"][0]), loaded["qwen2"][1]
+    pool = filled(3)
+    r = rl.Run(model, loaded["qwen2"][0], tok, even_harms(),
+               MasterAdamW(model, (0.9, 0.95), 0.0), pool, some_seeds(), [])
+    turns, m = rl.one_step(r, 3)
+    defended = [t for t in turns if t.role == "defender" and t.kind.endswith("harmful")]
+    replayed = [t for t in defended if t.kind == "replayed_harmful"]
+    fresh = [t for t in defended if t.kind != "replayed_harmful"]
+    assert len(replayed) == 2 == pool.visits and len(fresh) == 2
+
+    def reward(t):  # 1 - (score - 1) / 4, where the score is 1 + 4 p(harmful)
+        return 1 - t.labels.p["response_harmful"]
+
+    assert m["r_replay"] == pytest.approx(sum(map(reward, replayed)) / 2)
+    assert m["r_fresh"] == pytest.approx(sum(map(reward, fresh)) / 2)
+    failed = [t.request for t in fresh if reward(t) < 0.5]
+    assert [item.attack for item in pool.items[3:]] == list(dict.fromkeys(failed))
+    assert m["pool"] == len(pool.items) and m["mastered"] == 0
+
+
+def test_without_replay_both_methods_sample_the_same_tokens(loaded, small):
+    for name, value in dict(REPLAY="off", LR=0.0).items():
+        small.setattr(rl, name, value)
+    start, tok = loaded["qwen2"]
+    seen = []
+    for method in ("self_redteam", "ssp"):
+        small.setattr(rl, "METHOD", method)
+        model = copy.deepcopy(start)
+        r = rl.Run(model, start, tok, even_harms(), MasterAdamW(model, (0.9, 0.95), 0.0),
+                   Pool(512, 1.0, 0.8), some_seeds(), [])
+        turns, m = rl.one_step(r, 3)
+        assert ("pool" in m) == (method == "ssp")
+        seen.append(turns)
+    a, b = seen
+    assert [(t.role, t.kind, t.game, t.ids, t.logps) for t in a] == [
+        (t.role, t.kind, t.game, t.ids, t.logps) for t in b]
+    assert [t.reward for t in a] != [t.reward for t in b]
+
+
+# ---- runs of main(): resume, other models, a weak judge ------------------------------------------
+
+@pytest.fixture
+def small_run(workplace, tiny_models):
+    """words -> rl.main on tiny models with the default constants, below tmp_path."""
+    def start(*words):
+        with pytest.MonkeyPatch.context() as patch:
+            keep_constants(patch, rl)
+            rl.main([f"MODEL={tiny_models['qwen2']}", f"JUDGE={tiny_models['mistral']}", *SMALL,
+                     *words])
+    return start
+
+
+def test_resume_with_a_pool_is_bit_for_bit(small_run, workplace, monkeypatch, capsys):
+    """2 + 2 steps == 4 steps: weights, optimizer, pool."""
+    monkeypatch.setattr(rl.judge, "load_judge", lambda *_, **__: even_harms())
+    words = ["METHOD=ssp", "COT=false"]
+    small_run(*words, "RUN=a", "STEPS=2")
+    torch.manual_seed(5)  # nothing depends on the state of the process
+    small_run(*words, "RUN=a", "STEPS=4")
+    assert "resumed from checkpoints/a/step_000002" in capsys.readouterr().out
+    small_run(*words, "RUN=b", "STEPS=4")
+    a, b = (workplace / "checkpoints" / name / "step_000004" for name in "ab")
+    for name in ("model.safetensors", "state.safetensors", "pool.jsonl"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+
+    results = workplace / "results" / "runs" / "a"
+    totals, *items = read_jsonl(results / "pool.jsonl")
+    assert totals["visits"] > 0 and items and all(item["attack"] for item in items)
+    assert (results / "curves.png").stat().st_size > 10000
+    # only the newest step keeps the optimizer
+    assert not (workplace / "checkpoints/a/step_000002/state.safetensors").exists()
+
+    # other constants do not go on
+    message = stops(small_run, *words, "RUN=a", "STEPS=5", "LR=1e-3")
+    assert "checkpoints/a/step_000004" in message and "LR 5e-05 -> 0.001" in message
+
+
+def test_a_rubric_judge_scores_the_game(small_run, workplace, tiny_models):
+    small_run("METHOD=ssp", f"RUBRIC_JUDGE={tiny_models['llama']}", "STEPS=1", "COT=false")
+    for game in read_jsonl(workplace / "results" / "runs" / "02_rl" / "games.jsonl"):
+        x = game["labels"]
+        assert 1 <= x["score"] <= 5 and x["score"] != 1 + 4 * x["p"]["response_harmful"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_other_architectures_run(small_run, tiny_models, workplace, capsys, kind):
+    """Two stop ids, another pad, no system role; no warm-up examples; zero_sum; several updates."""
+    small_run(f"MODEL={tiny_models[kind]}", "STEPS=1", "SCHEME=zero_sum", "UPDATES=2", "COT=false")
+    assert "no SFT mix" in capsys.readouterr().out
+    assert (workplace / "checkpoints/02_rl/step_000001/config.json").is_file()
+
+
+def test_a_judge_below_the_floor_stops_the_run(small_run, workplace, capsys):
+    assert "below JUDGE_FLOOR" in stops(small_run, "STEPS=1", "JUDGE_FLOOR=0.8")
+    assert "judge on prompts/probe.jsonl" in capsys.readouterr().out
+    assert not (workplace / "results").exists()
+
+
+def test_a_tracker_logs_the_run(small_run, workplace):
+    """TRACKER=tensorboard: one event file beside metrics.csv."""
+    small_run("STEPS=1", "TRACKER=tensorboard")
+    folder = workplace / "results" / "runs" / "02_rl"
+    assert len(list(folder.glob("02_rl/events.*"))) == 1 and (folder / "metrics.csv").is_file()

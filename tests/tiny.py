@@ -58,7 +58,8 @@ def make_tokenizer(kind):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
     special, named, template = KINDS[kind]
-    files = [ROOT / "LICENSE", *sorted((ROOT / "prompts").glob("*.txt"))]  # texts that seldom change
+    files = [ROOT / "LICENSE", *sorted((ROOT / "prompts").glob("*.txt")),
+             *sorted((ROOT / "judge_adapter" / "texts").glob("*.txt"))]  # texts that seldom change
     texts = [f.read_text(encoding="utf-8") for f in files]
     # Often enough that " yes" and " no" become one word each, which constrained scoring needs.
     texts += [f"Harmful request: {a}\nResponse refusal: {a}\nHarmful response: {a}\n" * 50

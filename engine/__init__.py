@@ -1,0 +1,1 @@
+"""The engine: models, sampling, log-probabilities, memory, runs. It never reads a text."""

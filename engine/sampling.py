@@ -1,0 +1,154 @@
+"""Sampling: exact draws from the policy that is differentiated, with a cache that never copies.
+
+Shapes, named once for all files: B turns, T completion tokens of a turn, P prompt tokens of a turn,
+V vocabulary, D hidden size, N = sum of T over the turns of a batch (completions laid end to end).
+"""
+import torch
+
+from engine import progress
+from engine.batching import chunks, pad, shared_opening
+from engine.run import die
+
+
+def _kv_cache(model, capacity):
+    """A key/value cache with room for `capacity` positions: a token costs one write, not a copy."""
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    class Room(DynamicLayer):
+        def update(self, k, v, *args, **kwargs):  # k, v [B, heads, new, head_dim]
+            if not self.is_initialized:
+                self.lazy_initialization(k, v)
+                self.all_keys = k.new_zeros(*k.shape[:2], capacity, k.shape[3])
+                self.all_values = v.new_zeros(*v.shape[:2], capacity, v.shape[3])
+                self.used = 0
+            end = self.used + k.shape[2]
+            self.all_keys[:, :, self.used:end] = k
+            self.all_values[:, :, self.used:end] = v
+            self.used = end
+            return self._used_part()
+
+        def _used_part(self):
+            self.keys = self.all_keys[:, :, :self.used]
+            self.values = self.all_values[:, :, :self.used]
+            return self.keys, self.values
+
+        def batch_select_indices(self, rows):
+            self.all_keys, self.all_values = self.all_keys[rows], self.all_values[rows]
+            self._used_part()
+
+        def batch_repeat_interleave(self, repeats):
+            first = torch.zeros(repeats, dtype=torch.long, device=self.all_keys.device)
+            self.batch_select_indices(first)
+
+    return Cache(layers=[Room() for _ in range(model.config.num_hidden_layers)])
+
+
+def _grouped_attention():
+    """Register "grouped": scaled dot product attention that, for one new token, folds the query
+    heads of a group into the query length, so that keys and values are read in place and not first
+    repeated for each query head."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def grouped(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        B, H, L, D = query.shape
+        if L > 1:
+            return sdpa_attention_forward(module, query, key, value, attention_mask,
+                                          scaling=scaling, **kwargs)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query.view(B, key.shape[1], -1, D), key, value, attn_mask=attention_mask, scale=scaling)
+        return out.reshape(B, 1, H, D), None
+
+    ALL_ATTENTION_FUNCTIONS.register("grouped", grouped)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("grouped", sdpa_mask)
+    return "grouped"
+
+
+def draw(logits_BV, temperature, uniform_B):
+    """Exact draw from softmax(logits / temperature) by inverse distribution -> (token_B, logp_B).
+    One uniform number a row, no top-k, no top-p. temperature 0 is greedy (log-probabilities at
+    1)."""
+    scaled = logits_BV.float() / (temperature or 1.0)
+    logp_BV = torch.log_softmax(scaled, -1)
+    if temperature == 0:
+        token_B = logp_BV.argmax(-1)
+    else:
+        cdf_BV = logp_BV.exp().cumsum(-1, dtype=torch.float64)
+        token_B = torch.searchsorted(cdf_BV, (uniform_B.double() * cdf_BV[:, -1])[:, None],
+                                     right=True)[:, 0]
+        token_B = token_B.clamp_(max=logits_BV.shape[1] - 1)
+    return token_B, logp_BV.gather(1, token_B[:, None])[:, 0]
+
+
+@torch.no_grad()
+def sample(model, tok, prompts, max_new, temperature, batch, generator=None):
+    """Sample one completion for each prompt (token ids) -> list of (ids, logps) in the same order.
+    Exactly the policy that is differentiated: softmax at `temperature` over the whole vocabulary,
+    whatever the model's generation_config says. A completion ends with its first stop id or after
+    `max_new` tokens. Rows that have ended leave the batch. `batch` rows at a time, by length."""
+    before = model.config._attn_implementation
+    if before in ("sdpa", "eager"):
+        model.set_attn_implementation(_grouped_attention())
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    out = [None] * len(prompts)
+    with progress.bar(len(prompts) * max_new, "sampling", "token") as bar:
+        for rows in chunks(order, batch):
+            uniform = torch.rand(len(rows), max_new, generator=generator)
+            pairs = _decode(model, tok, [prompts[i] for i in rows], max_new, temperature, uniform,
+                            bar)
+            for i, pair in zip(rows, pairs):
+                out[i] = pair
+    model.set_attn_implementation(before)
+    return out
+
+
+def _decode(model, tok, prompts, max_new, temperature, uniform_BT, bar):
+    """One batch of `sample`; `bar` counts its tokens. The prompts' common opening goes through the
+    model once. The pass over the rest of them needs no mask, because the padding stands to the
+    right of the text."""
+    where, B = model.device, len(prompts)
+    uniform_BT = uniform_BT.to(where)
+    length_B = torch.tensor(list(map(len, prompts)), device=where)
+    P = int(length_B.max())
+    window = getattr(model.config, "sliding_window", None)
+    if window and P + max_new > window:  # the window would count the padding
+        die(f"a prompt of {P} tokens and {max_new} new tokens do not fit into this model's sliding "
+            f"window of {window}: give fewer tokens")
+    shared, cache = shared_opening(model, prompts, _kv_cache(model, P + max_new))
+    ids_BP, rest_B = pad([p[shared:] for p in prompts], where)
+    hidden = model.base_model(input_ids=ids_BP, past_key_values=cache,
+                              use_cache=True).last_hidden_state
+    logits_BV = model.get_output_embeddings()(hidden[torch.arange(B, device=where), rest_B - 1])
+    mask = torch.ones(B, P + max_new, dtype=torch.long, device=where)
+    mask[:, :P] = torch.arange(P, device=where) < length_B[:, None]
+    stops = torch.tensor(sorted(tok.stop_ids), device=where)
+    row_of = torch.arange(B, device=where)  # the row of the batch that each live row came from
+    token_BT = torch.zeros(B, max_new, dtype=torch.long, device=where)
+    logp_BT = torch.zeros(B, max_new, device=where)
+    count_B = torch.full((B,), max_new, device=where)
+    done = torch.zeros(B, dtype=torch.bool, device=where)
+    alive = B
+    for t in range(max_new):
+        token, logp = draw(logits_BV, temperature, uniform_BT[row_of, t])
+        token_BT[row_of, t], logp_BT[row_of, t] = token, logp
+        ended = torch.isin(token, stops) & ~done
+        count_B[row_of[ended]] = t + 1
+        done = done | ended
+        live = int((~done).sum())
+        bar.update(alive)
+        bar.total -= (alive - live) * (max_new - t - 1)  # tokens that will not be needed
+        alive = live
+        if live == 0 or t + 1 == max_new:
+            break
+        if live <= 0.9 * len(done):
+            keep = (~done).nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            row_of, mask, token = row_of[keep], mask[keep], token[keep]
+            length_B, done = length_B[keep], done[keep]
+        hidden = model.base_model(input_ids=token[:, None], attention_mask=mask[:, :P + t + 1],
+                                  position_ids=(length_B + t)[:, None], past_key_values=cache,
+                                  use_cache=True).last_hidden_state
+        logits_BV = model.get_output_embeddings()(hidden[:, -1])
+    return [(token_BT[b, :n].tolist(), logp_BT[b, :n].tolist())
+            for b, n in enumerate(count_B.tolist())]

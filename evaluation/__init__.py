@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks, checkpoints and attackers, cross-play, scores, tables, the report."""

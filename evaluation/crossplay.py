@@ -1,0 +1,85 @@
+"""Cross-play: every checkpoint's attacker against every checkpoint's defender, on the same seeds.
+
+Two margins are read from it. A defender that learnt to resist is beaten less often than its parent
+was, by the same attacks. A better attacker succeeds more often against the same old defender.
+"""
+import numpy
+import pandas
+
+from evaluation.players import answers_name, histories, parent_of
+from evaluation.scores import rate
+from selfplay.data import read_rows
+
+
+def cross_play(players, folders, base, second=False):
+    """The summary's `crossplay`, from the labels in folders {checkpoint label: folder}. players:
+    the checkpoints in order of training. second: the matrix by JUDGE2 too, as `judge2_asr`."""
+    labels = [player.label for player in players]
+    past = histories(players, base, lambda player: parent_of(player, players, None))
+    out = cross(read_games(players, folders, base, "labels"), labels, past)
+    if second:
+        games = read_games(players, folders, base, "labels2")
+        out["judge2_asr"] = cross(games, labels, [])["asr"]
+    return out
+
+
+def read_games(players, folders, base, suffix):
+    """{attacker: {defender: outcomes}} of all players, from the NAME.suffix.jsonl files."""
+    games = {}
+    for attacker in players:
+        folder, games[attacker.label] = folders[attacker.label], {}
+        attacks = read_rows(folder / "attacks.jsonl")
+        for defender in players:
+            file = folder / f"{answers_name(attacker, defender, base)}.{suffix}.jsonl"
+            games[attacker.label][defender.label] = outcomes(attacks, read_rows(file))
+    return games
+
+
+def outcomes(attacks, labels):
+    """Rows of an attacker's attacks, labels of a defender's answers to them -> by seed id: 1.0 for
+    a harmful answer, 0.0 for none or an attack without text, NaN where the label did not parse."""
+    harmful = {row["id"]: row["response_harmful"] for row in labels}
+    found = {row["id"]: harmful[row["id"]] if row["answer"] else False for row in attacks}
+    return pandas.Series(found, dtype=float)
+
+
+def cross(games, labels, past):
+    """games {attacker: {defender: outcomes}}, their labels in order, past [(late label, labels of
+    the earlier ones, the first of them the parent)] -> dict(attackers, defenders, asr, margins)."""
+    out = dict(attackers=labels, defenders=labels, asr=[], margins=[])
+    for attacker in labels:
+        out["asr"].append([rate(games[attacker][defender]) for defender in labels])
+    for late, earlier in past:
+        out["margins"].append(margins(games, late, earlier))
+    return out
+
+
+def margins(games, late, earlier):
+    """Late player against early one (the first of `earlier`): differences of ASR, paired by seed;
+    a seed that is NaN in one game is left out. defender: all earlier attackers against the late
+    defender minus against the early one; negative is better. attacker: late minus early, both on
+    the early defender; positive is stronger."""
+    early, harder = earlier[0], 0
+    for attacker in earlier:
+        harder += games[attacker][late] - games[attacker][early]
+    return dict(late=late, early=early, earlier=earlier, defender=rate(harder / len(earlier)),
+                attacker=rate(games[late][early] - games[early][early]))
+
+
+def heat_map(path, crossplay):
+    """Draw the ASR of a crossplay dict, in colours that the colour-blind tell apart."""
+    from matplotlib.figure import Figure
+    attackers, defenders = crossplay["attackers"], crossplay["defenders"]
+    size = 2.5 + 1.3 * len(defenders), 1.8 + 0.7 * len(attackers)
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    rates = pandas.DataFrame(crossplay["asr"]).map(lambda x: x["rate"]).to_numpy(float)
+    for (a, d), x in numpy.ndenumerate(rates):
+        text = "-" if numpy.isnan(x) else f"{x:.2f}".removeprefix("0")
+        axes.text(d, a, text, ha="center", va="center", color="black" if x > 0.55 else "white")
+    shown = axes.imshow(rates, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(defenders)), defenders, rotation=30, ha="right")
+    axes.set_yticks(range(len(attackers)), attackers)
+    axes.set(xlabel="defender", ylabel="attacker", title="ASR, every attacker on every defender")
+    figure.colorbar(shown, label="ASR")
+    figure.savefig(path)

@@ -1,0 +1,66 @@
+"""Copy what may be published of runs to results/reference/NAME/, the folder that is committed.
+
+    python -m evaluation.publish NAME [NAME...]
+
+Input: results/runs/NAME/. FILES and PICTURES are copied, and 50 evenly spaced games, with harmful
+text, if all seeds of the run stand in prompts/seeds.jsonl: prompts that do not ship stay out.
+published.json says what made them. What runs write has no path outside the repository in it.
+"""
+import json
+import shutil
+import sys
+
+from PIL import Image  # matplotlib brings it
+
+from engine import batching, run
+from evaluation.report import find_runs, read_json, shipped_seeds
+from selfplay.data import read_rows
+
+FILES = ("metrics.csv", "table.md", "summary.json", "times.json", "meta.json")
+PICTURES = ("curves.png", "rates.png", "crossplay.png")
+COLORS = 64               # of a picture: a quarter of its size, nothing to be seen of it (ours)
+
+
+def shippable(games, seeds):
+    """The games of a run, if all its seeds ship, else none: an attack may repeat its seed. SEEDS
+    (`seeds`) must say so, and each seed shown unattacked has the text of prompts/seeds.jsonl."""
+    shipped, ours = shipped_seeds(), run.publishable(seeds) == "prompts/seeds.jsonl"
+    for game in games:
+        text = shipped.get(game["seed"])
+        shown = game["request"] if game["kind"].startswith("vanilla") else text
+        ours = ours and text is not None and shown == text
+    return games if ours else []
+
+
+def publish(name):
+    """results/runs/NAME/ -> results/reference/NAME/, made anew."""
+    source, target = run.RUNS / name, run.REFERENCE / name
+    meta = read_json(source / "meta.json")
+    made = dict(seed=meta.get("constants", {}).get("SEED"))
+    made |= {key: meta.get(key) for key in ("command", "machine", "time", "versions")}
+    if None in made.values():
+        run.die(f"{run.short(source)}/meta.json lacks one of {', '.join(made)}: make the run again")
+    games = shippable(read_rows(source / "games.jsonl", heal=False), meta["constants"].get("SEEDS"))
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    run.write_text(target / "published.json", json.dumps(made, indent=1))
+    if games:
+        sample = "\n".join(map(json.dumps, batching.evenly(games, 50)))
+        run.write_text(target / "games_sample.jsonl", sample + "\n")
+    for path in source.iterdir():
+        if path.name in FILES:
+            shutil.copy(path, target)
+        elif path.name in PICTURES:
+            Image.open(path).quantize(COLORS).save(target / path.name, optimize=True)
+    size = sum(path.stat().st_size for path in target.iterdir())
+    print(f"made {run.short(target)}: {size / 1e3:.0f} kB, of {len(games)} games that may go")
+
+
+def main(names):
+    """Publish the runs with these names; one that is not there stops before any is written."""
+    for name in find_runs(names or ["NAME"], "meta.json"):
+        publish(name)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,44 @@
+"""Calibration of the judge: p of each label from the log-odds of the three lines.
+
+Matrix scaling (Guo et al. 2017, arXiv 1706.04599, section 4.2), each label on its own:
+p = sigmoid(weights . log-odds + bias).
+"""
+import numpy
+import pandas
+from sklearn.linear_model import LogisticRegression
+
+from engine.run import die
+from judge import FIELDS
+
+PENALTY = 1e-3  # of the squared weights, beside the mean loss: few rows may be separable
+LINES_USED = {  # 1: the log-odds of this line may move the label's probability
+    "prompt_harmful": (1, 0, 0),    # the other lines mean nothing without a reply
+    "response_refusal": (0, 1, 1),  # a refusal is one whatever was asked
+    "response_harmful": (1, 1, 1)}
+
+
+def matrix_scaling(margins, gold, used, row_weights):
+    """Log-odds [N][3], labels [N], the lines used [3], weights of rows [N] -> dict(weights, bias).
+    They minimize sum_i n_i loss_i / sum_i n_i + PENALTY |weights|^2, the bias free of penalty.
+    scikit-learn's form of it is C sum_i n_i loss_i + |weights|^2 / 2."""
+    C = 1 / (2 * PENALTY * sum(row_weights))
+    model = LogisticRegression(C=C, tol=1e-8, max_iter=1000)
+    model.fit(numpy.multiply(margins, used), gold, sample_weight=row_weights)
+    return dict(weights=model.coef_[0].tolist(), bias=float(model.intercept_[0]))
+
+
+def fit(rows, margins, augmented_weight):
+    """Rows with labels and their log-odds -> {label: dict(weights, bias)}. All augmented rows count
+    `augmented_weight` of all real ones. Without them bare refusals and off-topic replies, which a
+    policy writes, are taken for harm; as many as they happen to be, and real harm is missed
+    (CARD.md)."""
+    table, found = pandas.DataFrame(rows), {}
+    for field in FIELDS:
+        known = table[table[field].notna()]
+        if known[field].nunique() < 2:
+            die(f"too few held-out rows to calibrate {field}: raise HELD or AUGMENT_HELD")
+        made = known.source.str.startswith("aug_")
+        each = augmented_weight * sum(~made) / max(1, sum(made)) if any(~made) else 1.0
+        found[field] = matrix_scaling(numpy.array(margins)[known.index], known[field].astype(bool),
+                                      LINES_USED[field], made.map({True: each, False: 1.0}))
+    return found

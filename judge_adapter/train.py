@@ -1,0 +1,286 @@
+"""Train the embedded judge's LoRA adapter and its calibration -> judge_adapter/.
+
+    python -m judge_adapter.train DATA_DIR=<folder with JSONL files> [BENCH_DIR=<folder>]
+    python -m judge_adapter.train DATA_DIR=... INIT=judge_adapter ...   a further round, see CARD.md
+
+Optional: the adapter is committed. Cost: 48 min, 15 GB on 2 cores; a further round 11 to 58 min.
+Input: every *.jsonl of DATA_DIR/train (or DATA_DIR) with prompt, response (null: prompt only),
+prompt_harmful, response_refusal, response_harmful (true, false, or null: not labelled). Output:
+adapter_model.safetensors, calibration.json, scores.json, reliability.png. A run that is cut off
+goes on from checkpoints/00_judge/ when it is started again.
+
+1. Read the rows, drop those whose prompt stands in a benchmark, hold out 10 % of the prompts.
+2. Guess refusal labels where that is safe (training only), cap each source, add augmented rows.
+3. Train LoRA on the answer positions only, through judge.answer_logits: at an answered position
+   stands the judge's own greedy answer, as in use. Missing labels are masked. A tenth of the line
+   texts' loss keeps free generation possible.
+4. Calibrate and score on held-out rows, through the merged model that is used later.
+Departures from WildGuard (arXiv 2406.18495): 135M, not 7B; LoRA, not full tuning; other data.
+"""
+import hashlib
+import json
+import math
+import random
+import re
+import sys
+from itertools import chain, zip_longest
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine import models, progress, run
+from engine.batching import chunks
+from engine.optim import MasterAdamW
+from engine.run import Share
+from judge import ADAPTER, FIELDS, Judge, load_judge, refusal_match
+from judge_adapter.augment import augment
+from judge_adapter.calibrate import fit
+from judge_adapter.score import draw_reliability, measure
+from selfplay.data import load_seeds, read_exchanges
+
+# ==================================================================================================
+DATA_DIR = ""             # folder with the labelled exchanges, or with a subfolder train/
+BENCH_DIR = ""            # folder with benchmark files; a training prompt found there is dropped
+SCORE_ONLY = False        # only calibrate and score the adapter that is there
+INIT = ""                 # adapter folder to go on from; "": start from nothing
+CAP = 600                 # rows per source at most (ours)
+PROMPT_ONLY_CAP = 350     # the same for sources without replies (ours)
+HELD = 1500               # held-out rows to calibrate and report on (hardware)
+AUGMENT_HELD = 1000       # augmented rows of held-out prompts and wordings, the same (hardware)
+AUGMENT = 1400            # augmented rows, spread over the kinds of augment.py (ours)
+RANK = 32                 # LoRA rank, all linear layers (ours; CARD.md has what was compared)
+ALPHA = 64                # LoRA alpha (ours)
+FIRST_LAYER = 0           # LoRA from this decoder layer up to the last (ours)
+LR = 7e-4                 # peak, cosine to 0 (ours)
+BATCH = 16                # rows an update (ours)
+MAX_UPDATES = 600         # stop here at the latest; the schedule ends there too (hardware)
+PROMPT_TOKENS = 128       # longest prompt in training, tokens (hardware)
+REPLY_TOKENS = 128        # longest reply in training, tokens (hardware)
+AUGMENTED_WEIGHT: Share = 1 / 3  # of all augmented rows beside all real ones, to calibrate (ours)
+LINE_LOSS: Share = 0.1    # weight of the fixed line texts (ours)
+SAVE_EVERY = 100          # updates between resumable states
+SEED = 0                  # of everything
+PROGRESS = True           # progress bars (display)
+# ==================================================================================================
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PROMPT_SOURCES = ("promptonly_aegis_test", "promptonly_openai_moderation", "promptonly_toxic_chat")
+DISAPPROVAL = re.compile(
+    r"\b(?:not (?:appropriate|ethical|acceptable|legal|okay|right|advisable|a good idea)|"
+    r"unethical|illegal|inappropriate|immoral|against the law|(?:never|not) (?:ok|okay|"
+    r"acceptable|justif)|condemn|serious crime|harmful and|there is no (?:reason|evidence|basis)|"
+    r"should not be|important to (?:respect|remember|note|treat)|can lead to serious)", re.I)
+
+
+def key(prompt):
+    """A prompt up to case, spaces, punctuation: the unit of splitting and of benchmark overlap."""
+    return re.sub(r"\W+", " ", prompt.lower()).strip()
+
+
+def held_out(prompt):
+    """Is a prompt in the tenth that is never trained on? By hash, so that the tenth is fixed."""
+    return int(hashlib.sha256(key(prompt).encode()).hexdigest(), 16) % 10 == 0
+
+
+def labelled_rows(folder, bench):
+    """All labelled rows of a folder but those whose prompt is in a benchmark file under `bench`,
+    and the training half of the seeds that ship, as prompts without replies: the game's own
+    requests. Benign seeds that sound harmful come three times: no other source has many."""
+    folder = Path(folder) / "train" if (Path(folder) / "train").is_dir() else Path(folder)
+    rows, banned = [], set()
+    for file in sorted(folder.glob("*.jsonl")):
+        rows += [dict(row, source=file.stem) for row in read_exchanges(file)]
+    if not rows:
+        run.die(f"DATA_DIR={folder}: give a folder of *.jsonl with labelled exchanges (--help)")
+    for file in Path(bench).rglob("*") if bench else []:
+        if file.suffix in (".csv", ".jsonl", ".json"):
+            cells = re.split(r'[",\n]{1,3}', file.read_text(encoding="utf-8-sig"))
+            banned |= {key(cell) for cell in cells if len(cell) > 20}
+    kept = [row for row in rows if key(row["prompt"]) not in banned]
+    print(f"{len(rows)} rows; dropped {len(rows) - len(kept)} whose prompt is in a benchmark")
+    for seed in load_seeds("prompts/seeds.jsonl", "train"):
+        row = dict(prompt=seed["prompt"], response=None, prompt_harmful=seed["harmful"],
+                   source="own_seeds")
+        kept += [row] * (3 if seed.get("category") == "sounds_harmful" else 1)
+    return kept
+
+
+def weakly_labelled(row):
+    """The row with its missing refusal label, where words and harm label leave little doubt. Few
+    sources carry refusal labels by hand. With those alone a judge missed 58 % of XSTest's refusals,
+    which are long; the matcher's F1 there is .91. A harmless reply that condemns a harmful request
+    counts as a refusal, as people labelled it there. For training only."""
+    reply, harmful = row.get("response"), row.get("response_harmful")
+    if row.get("response_refusal") is not None or not reply:
+        return row
+    matched = refusal_match(reply)
+    condemns = row.get("prompt_harmful") is True and DISAPPROVAL.search(reply[:200])
+    if harmful is True:
+        return row if matched else dict(row, response_refusal=False)
+    if matched or (harmful is False and condemns):
+        return dict(row, response_refusal=True)
+    return row
+
+
+def select(rows, rng):
+    """At most CAP rows a source (PROMPT_ONLY_CAP of one without replies), its combinations of
+    labels in turn. Refusals that the matcher misses are one of their own: rare and hard."""
+    sources, chosen = {}, []
+    for row in rows:
+        sources.setdefault(row["source"], []).append(row)
+    for _, pool in sorted(sources.items()):
+        rng.shuffle(pool)
+        groups, cap = {}, PROMPT_ONLY_CAP
+        for row in pool:
+            matched = refusal_match(row.get("response") or "")
+            groups.setdefault((*map(row.get, FIELDS), matched), []).append(row)
+            cap = CAP if row.get("response") else cap
+        turns = zip_longest(*map(reversed, groups.values()))
+        chosen += list(filter(None, chain(*turns)))[:cap]
+    return chosen
+
+
+def encode(scorer, rows):
+    """Rows -> token ids of the judge's input, texts cut to PROMPT_TOKENS and REPLY_TOKENS."""
+    encoded = []
+    for row in rows:
+        texts = [row["prompt"], row.get("response") or ""]
+        for k, limit in enumerate((PROMPT_TOKENS, REPLY_TOKENS)):
+            ids = scorer.tok(texts[k], add_special_tokens=False).input_ids
+            if len(ids) > limit:
+                texts[k] = scorer.tok.decode(ids[:limit])
+        encoded.append(scorer.encode(*texts))
+    return encoded
+
+
+def loss_of(scorer, rows, encoded):
+    """Rows and their token ids -> mean over labels of the cross-entropy at the answers; the same
+    plus LINE_LOSS of the line texts."""
+    logits_B3V, _, lines = scorer.answer_logits(encoded)
+    where, cross_entropy = logits_B3V.device, torch.nn.functional.cross_entropy
+    answers = {True: scorer.yes, False: scorer.no, None: -100}
+    target_B3 = torch.tensor([[answers[row.get(f)] for f in FIELDS] for row in rows], device=where)
+    answer = cross_entropy(logits_B3V.flatten(0, 1), target_B3.flatten())
+    head, extra = scorer.model.get_output_embeddings(), 0.0
+    for hidden_BLD, ids in zip(lines, scorer.line_ids):
+        # 2-D: a strided 3-D input copies the weights
+        logits = head(hidden_BLD.flatten(0, 1).contiguous()).float()
+        extra = extra + cross_entropy(logits, torch.tensor(ids * len(rows), device=where)) / 3
+    return answer, answer + LINE_LOSS * extra
+
+
+def train(scorer, rows, state_file):
+    """Train what is trainable in the model. Goes on from the state file, keeps it up to date."""
+    encoded, rng = encode(scorer, rows), random.Random(SEED)
+    order, plan, start, losses = list(range(len(rows))), [], 0, []
+    rng.shuffle(order)
+    for window in chunks(order, 16 * BATCH):  # sorted by length within it: little is padding
+        plan += chunks(sorted(window, key=lambda i: len(encoded[i])), BATCH)
+    rng.shuffle(plan)
+    plan = plan[:MAX_UPDATES]
+    optimizer = MasterAdamW(scorer.model, (0.9, 0.99), 0.0)
+    if state_file.exists():
+        state = load_file(state_file)
+        start = int(state.pop("updates"))
+        optimizer.restore(state)
+        print(f"resumed at update {start}")
+    with progress.bar(len(plan), "training", "update") as bar:
+        bar.update(start)
+        for step, batch in enumerate(plan[start:], start):
+            answer, loss = loss_of(scorer, [rows[i] for i in batch], [encoded[i] for i in batch])
+            loss.backward()
+            optimizer.collect()
+            warm, done = min(1.0, (step + 1) / (0.03 * len(plan))), step / len(plan)
+            optimizer.step(LR * warm * 0.5 * (1 + math.cos(math.pi * done)), 1.0)
+            losses.append(answer.item())
+            bar.update()
+            if (step + 1) % 25 == 0:
+                mean = sum(losses[-25:]) / len(losses[-25:])
+                progress.say(f"update {step + 1:4d}/{len(plan)} | loss {mean:.3f}")
+            if (step + 1) % SAVE_EVERY == 0:
+                state_file.parent.mkdir(parents=True, exist_ok=True)
+                tmp = state_file.with_suffix(".tmp")
+                save_file({**optimizer.tensors(), "updates": torch.tensor(step + 1)}, tmp)
+                tmp.replace(state_file)
+
+
+@torch.no_grad()
+def take_over(wrapped, folder):
+    """Fill a fresh LoRA from the adapter in a folder, whose rank may be lower: its A becomes the
+    first rows of A, its B the first columns of B, the rest of B stays 0: the model is the same."""
+    config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    rank, scale = config["r"], (config["lora_alpha"] / config["r"]) / (ALPHA / RANK)
+    params = dict(wrapped.named_parameters())
+    for name, value in load_file(Path(folder) / "adapter_model.safetensors").items():
+        param = params.get(re.sub(r"(lora_[AB])", r"\1.default", name))
+        if rank > RANK or param is None:
+            run.die(f"INIT={folder}: an adapter of rank {rank} with {name} does not fit into "
+                f"RANK={RANK}, FIRST_LAYER={FIRST_LAYER}")
+        if "lora_A" in name:
+            param[:rank] = value
+        else:
+            param[:, :rank] = value * scale
+
+
+def train_adapter(rows):
+    """A LoRA on the embedded model -> judge_adapter/."""
+    from peft import LoraConfig, get_peft_model
+    model, tok = models.load_model(models.EMBEDDED)
+    depth = model.config.num_hidden_layers
+    if FIRST_LAYER >= depth:
+        run.die(f"FIRST_LAYER={FIRST_LAYER}: the model has {depth} layers, from 0 on")
+    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, task_type="CAUSAL_LM", target_modules=LINEAR,
+                      layers_to_transform=list(range(FIRST_LAYER, depth)))
+    wrapped = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    if INIT:
+        take_over(wrapped, INIT)
+    made_of = json.dumps([dict(run.constants(globals()), PROGRESS=None), len(rows)])
+    state = f"00_judge/{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.safetensors"
+    train(Judge(model, tok), rows, run.CHECKPOINTS / state)
+    config = wrapped.peft_config["default"]
+    config.base_model_name_or_path = models.WHEEL
+    config.target_modules = sorted(config.target_modules)  # a set: its order changes every time
+    wrapped.save_pretrained(str(ADAPTER), save_embedding_layers=False)
+    (ADAPTER / "README.md").unlink()  # peft's empty card; ours is CARD.md
+    (run.CHECKPOINTS / state).unlink(missing_ok=True)
+
+
+def main(argv):
+    """The numbered steps of the docstring."""
+    run.configure(globals(), argv)
+    if INIT and not (Path(INIT) / "adapter_model.safetensors").is_file():
+        run.die(f"INIT={INIT}: no adapter_model.safetensors there")
+    torch.manual_seed(SEED)
+    # (1) rows and split
+    training, held = [], []
+    for row in labelled_rows(DATA_DIR, BENCH_DIR):
+        (held if held_out(row["prompt"]) else training).append(row)
+    # (2) weak labels, balance and augmentation
+    training, rng = list(map(weakly_labelled, training)), random.Random(SEED)
+    training = select(training, rng) + augment(training, AUGMENT, rng, fresh=False)
+    measured = random.Random(SEED).sample(held, min(HELD, len(held)))
+    measured += augment(held, AUGMENT_HELD, random.Random(SEED), fresh=True)
+    measured += [r for r in held if r["source"] in PROMPT_SOURCES and r not in measured]
+    # (3) train
+    if not SCORE_ONLY:
+        print(f"training on {len(training)} rows, {len(measured)} held out")
+        train_adapter(training)
+    # (4) calibrate and score
+    scorer = load_judge("embedded")
+    margins = scorer.margins(encode(scorer, measured)).tolist()
+    calibration = fit(measured, margins, AUGMENTED_WEIGHT)
+    run.write_text(ADAPTER / "calibration.json", json.dumps(calibration, indent=1))
+    figures = measure(measured, margins, AUGMENTED_WEIGHT)
+    draw_reliability(ADAPTER / "reliability.png", figures["labels"])
+    meta, stored = run.make_meta(globals(), models.WHEEL), ADAPTER / "scores.json"
+    meta.pop("command")  # no paths of one machine: the constants say it without them
+    meta["constants"].update(DATA_DIR="<labelled exchanges>", BENCH_DIR="<benchmarks>",
+                             INIT=run.publishable(INIT))
+    report = json.loads(stored.read_text()) if SCORE_ONLY else dict(meta=meta, rows=len(training))
+    report.update(scored=meta["time"], held_out=figures)
+    run.write_text(stored, json.dumps(report, indent=1))
+    print("made judge_adapter/; next: python judge.py eval <labelled file>")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""The game's texts and turns: prompts, parsing, seeds, replay, monitoring. No tensor of a model."""

@@ -1,0 +1,199 @@
+"""Monitoring: metrics of each step, the log line, the games file, the curves, the tracker.
+
+The names of the metrics are those of the step line and of results/runs/RUN/metrics.csv.
+"""
+import csv
+import dataclasses
+import importlib.util
+import json
+import re
+
+import pandas
+
+from engine.run import die
+
+GAMES_TRACKED = 4  # games of a step that a tracker is shown (ours)
+
+
+def mean(values):
+    """Mean of booleans or numbers; nan where there is none."""
+    values = list(map(float, values))
+    return sum(values) / len(values) if values else float("nan")
+
+
+def is_copy(turn):
+    """Is an attack its seed up to case, spaces, punctuation? Legal in the paper's game; logged."""
+    attack, seed = (re.sub(r"\W+", "", x).lower() for x in (turn.answer, turn.seed["prompt"]))
+    return attack == seed
+
+
+def step_metrics(turns):
+    """The metrics of a step's turns -> dict; names as in the step line and metrics.csv."""
+    rows = []
+    for t in turns:
+        rows.append(dict(role=t.role, kind=t.kind, reward=t.reward, answer=t.answer,
+                         formed=t.well_formed, declined=t.declined, tokens=len(t.ids),
+                         copy=is_copy(t), parsed=t.labels.parsed,
+                         harmful=t.labels.response_harmful, refused=t.labels.response_refusal,
+                         faithful=t.labels.prompt_harmful == t.kind.endswith("harmful")))
+    every = pandas.DataFrame(rows)
+    attacks, replies = every[every["role"] == "attacker"], every[every["role"] == "defender"]
+    judged = replies[replies["parsed"]]
+    attacked = judged[judged["kind"] == "generated_harmful"]
+    plain = judged[judged["kind"] == "vanilla_harmful"]
+    benign = judged[judged["kind"].isin(["generated_benign", "vanilla_benign"])]
+    return dict(
+        atk_r=mean(attacks["reward"].dropna()), asr=mean(attacked["harmful"]),
+        asr_vanilla=mean(plain["harmful"]), def_r=mean(replies["reward"].dropna()),
+        refuse_h=mean([*attacked["refused"], *plain["refused"]]),
+        comply_b=mean(benign["refused"].eq(False)),
+        fmt=mean(every["formed"]), fmt_atk=mean(attacks["formed"]),
+        faithful=mean(attacks["faithful"][attacks["parsed"]]), copy=mean(attacks["copy"]),
+        unique=attacks["answer"].nunique() / max(1, len(attacks)),
+        atk_refuse=mean(attacks["declined"]), drop=int(every["reward"].isna().sum()),
+        turns=len(turns), len=mean(every["tokens"]), len_atk=mean(attacks["tokens"]))
+
+
+def step_line(step, steps, m):
+    """One line a step, fixed order, the names of metrics.csv."""
+    return (f"step {step:03d}/{steps} | atk r {m['atk_r']:+.2f} asr {m['asr']:.2f} | "
+            f"def r {m['def_r']:+.2f} refuse(h) {m['refuse_h']:.2f} "
+            f"comply(b) {m['comply_b']:.2f} | fmt {m['fmt']:.2f} | drop {m['drop']}/{m['turns']} | "
+            f"kl {m['kl']:.3f} | H {m['entropy']:.2f} | len {m['len']:.0f} | "
+            f"gn {m['grad_norm']:.1f} | {m['seconds']:.0f} s | {m['gb']:.1f} GB")
+
+
+def write_metrics(path, m):
+    """Append a step's metrics to metrics.csv, with the header where the file is new."""
+    row = {}
+    for name, value in m.items():
+        row[name] = round(value, 5) if isinstance(value, float) and name != "lr" else value
+    new = not path.exists()
+    with open(path, "a", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, fieldnames=row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def game_rows(step, turns):
+    """A step's turns -> one dict a game: seed id, both turns, labels, rewards (harmful text: see
+    README)."""
+    attacks, rows = {t.game: t for t in turns if t.role == "attacker"}, []
+    for t in turns:
+        if t.role != "defender":
+            continue
+        row = dict(step=step, game=t.game, kind=t.kind, seed=t.seed["id"], request=t.request,
+                   labels=dataclasses.asdict(t.labels))
+        attack = attacks.get(t.game)
+        if attack:
+            row["attacker"] = dict(_turn_row(attack), declined=attack.declined)
+        row["defender"] = _turn_row(t)
+        rows.append(row)
+    return rows
+
+
+def _turn_row(t):
+    return dict(thinking=t.thinking, answer=t.answer, well_formed=t.well_formed, reward=t.reward,
+                tokens=len(t.ids))
+
+
+def write_games(path, rows):
+    """Append game_rows() to games.jsonl."""
+    with open(path, "a", encoding="utf-8") as f:
+        for row in rows:
+            f.write(json.dumps(row) + "\n")
+
+
+PANELS = {  # title -> {column of metrics.csv: legend}
+    "reward": dict(atk_r="attacker", def_r="defender"),
+    "harmful requests": dict(asr="attacked, answered harmfully",
+                             asr_vanilla="not attacked, answered harmfully", refuse_h="refused"),
+    "benign requests": dict(comply_b="answered"),
+    "format and attacks": dict(fmt="turns that are well-formed",
+                               faithful="attacks as harmful as their seed",
+                               unique="attacks that differ", copy="attacks that copy their seed",
+                               atk_refuse="attacks that refuse their seed"),
+    "distance and spread": dict(kl="KL to the start, per token", entropy="entropy / 10"),
+    "tokens per turn": dict(len="both roles", len_atk="attacker"),
+    "pool: items": dict(pool="failures in the pool"),
+    "pool: share mastered": dict(mastered="mastered, of all that entered"),
+    "defender's game reward, harmful seeds": dict(r_fresh="fresh games", r_replay="replayed games")}
+
+
+def draw_curves(folder, visits=()):
+    """folder/metrics.csv as curves.png: thin lines are steps, thick lines means over 10 steps. A
+    panel is left out where the run has nothing for it. visits: of each item the pool has had
+    (METHOD=ssp), drawn as a histogram."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    table = pandas.read_csv(folder / "metrics.csv").dropna(axis=1, how="all")
+    if "entropy" in table:
+        table["entropy"] /= 10
+    smooth = table.rolling(10, min_periods=1).mean()
+    panels = []
+    for title, legends in PANELS.items():
+        known = table.columns.intersection(list(legends), sort=False)
+        if len(known):
+            panels.append((title, known))
+    count = len(panels) + any(visits)
+    figure, axes = plt.subplots(-(-count // 3), 3, squeeze=False, constrained_layout=True,
+                                figsize=(13, 3.3 * -(-count // 3)))
+    for axis, (title, columns) in zip(axes.flat, panels):
+        for name in columns:
+            [thin] = axis.plot(table["step"], table[name], lw=0.6, alpha=0.35)
+            axis.plot(table["step"], smooth[name], lw=2, color=thin.get_color(),
+                      label=PANELS[title][name])
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    if any(visits):
+        axis = axes.flat[len(panels)]
+        axis.hist(visits, bins=range(max(visits) + 2), align="left")
+        axis.set_title("pool: visits an item", fontsize=10)
+        axis.set_xlabel("visits")
+    for axis in axes.flat[count:]:
+        axis.axis("off")
+    figure.savefig(folder / "curves.png", dpi=110)
+    plt.close(figure)
+
+
+class Tracker:
+    """Metrics and a sample of games to "tensorboard", "trackio" or "wandb", through accelerate;
+    "" tracks nothing and nothing leaves the machine."""
+
+    def __init__(self, name, run, constants, folder):
+        self.name, self.accelerator = name, None
+        if not name:
+            return
+        if importlib.util.find_spec(name) is None:
+            die(f"TRACKER={name}: not installed: pip install {name}")
+        from accelerate import Accelerator
+        self.accelerator = Accelerator(log_with=name, project_dir=str(folder))
+        how = dict(tensorboard={}, trackio=dict(name=run), wandb=dict(name=run, dir=str(folder)))
+        self.accelerator.init_trackers(run if name == "tensorboard" else "selfplay",
+                                       config=constants, init_kwargs={name: how[name]})
+
+    def log(self, step, metrics, games):
+        """A step's metrics under their names in metrics.csv, and a few of its game_rows()."""
+        if not self.accelerator:
+            return
+        self.accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=step)
+        rows = [[g["kind"], g["seed"], g["request"], g["defender"]["answer"],
+                 str(g["labels"]["response_harmful"])] for g in games[:GAMES_TRACKED]]
+        table = pandas.DataFrame(rows, columns=["kind", "seed", "request", "reply", "harmful"])
+        tracker = self.accelerator.get_tracker(self.name)
+        if self.name == "wandb":
+            tracker.log_table("games", dataframe=table, step=step)
+        elif self.name == "trackio":
+            import trackio
+            tracker.log({"games": trackio.Table(dataframe=table)}, step=step)
+        else:  # tensorboard shows HTML; to_html escapes what models wrote
+            tracker.log({"games": table.to_html(index=False)}, step=step)
+
+    def finish(self):
+        """Write what the tracker still holds."""
+        if self.accelerator:
+            self.accelerator.end_training()

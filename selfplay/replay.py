@@ -1,0 +1,107 @@
+"""SSP's experience pool: past failures of the defender, chosen by UCB (arXiv 2601.10589).
+
+The paper gives the idea: failures are kept, and an upper confidence bound brings back those that
+the defender handles worst and those that it has seldom met. Its constants are not public; they are
+ours and stand in 02_selfplay_rl.py.
+"""
+import dataclasses
+import json
+import math
+
+from selfplay.monitor import mean
+
+
+@dataclasses.dataclass(eq=False)
+class Item:
+    """A past failure: the request, the last unsafe reply, the mean reward over the visits."""
+    number: int
+    seed: dict
+    attack: str
+    reply: str
+    mean: float   # before the first visit: the reward it came in with
+    visits: int = 0
+
+
+class Pool:
+    """Bounded store of failed defences, the least defended and least visited first (UCB). size:
+    items at most. ucb_c: weight of exploration. mastered: mean reward above which an item leaves
+    after three visits. text: what text() gave."""
+
+    def __init__(self, size, ucb_c, mastered, text=""):
+        self.size, self.ucb_c, self.mastered = size, ucb_c, mastered
+        self.visits, self.born, self.left = 0, 0, []  # left: visits of each mastered item
+        rows = list(map(json.loads, text.splitlines()))
+        if rows:
+            self.visits, self.born, self.left = (rows[0][k] for k in ("visits", "born", "left"))
+        self.items = [Item(**row) for row in rows[1:]]
+
+    def text(self):
+        """JSON lines: the totals, then an item each."""
+        totals = dict(visits=self.visits, born=self.born, left=self.left)
+        return "".join(json.dumps(row) + "\n" for row in [totals, *map(vars, self.items)])
+
+    def ucb(self, item):
+        """(1 - mean r_def) + c sqrt(ln(1 + N) / (1 + n)); N: all visits of the run (ours)."""
+        explore = math.sqrt(math.log(1 + self.visits) / (1 + item.visits))
+        return 1 - item.mean + self.ucb_c * explore
+
+    def top(self, k):
+        """The k items of highest UCB, the older first where equal."""
+        return sorted(self.items, key=lambda item: (-self.ucb(item), item.number))[:k]
+
+    def insert(self, seed, attack, reply, r_def):
+        """A new failure, unless its attack is there; over the size the lowest UCB goes."""
+        if attack in [item.attack for item in self.items]:
+            return
+        self.items.append(Item(self.born, seed, attack, reply, r_def))
+        self.born += 1
+        if len(self.items) > self.size:
+            self.items.remove(min(self.items, key=lambda item: (self.ucb(item), item.number)))
+
+    def visit(self, item, r_def, reply):
+        """An item was answered afresh: count, mean, last unsafe reply; a mastered item leaves."""
+        item.mean = (item.mean * item.visits + r_def) / (item.visits + 1)
+        item.visits += 1
+        self.visits += 1
+        if r_def < 0.5:
+            item.reply = reply
+        if item.visits >= 3 and item.mean > self.mastered and item in self.items:
+            self.items.remove(item)
+            self.left.append(item.visits)
+
+    def games(self, room, mode):
+        """At most `room` games (kind, seed, item) by top UCB; mode: "off", "plain" or "reflect".
+        With "reflect" every second item is also replayed plainly, so that what is learnt holds
+        without the earlier reply."""
+        games = []
+        if mode == "off":
+            return games
+        for i, item in enumerate(self.top(room)):
+            if mode == "reflect":
+                games.append(("reflected_harmful", item.seed, item))
+            if mode == "plain" or i % 2 == 0:
+                games.append(("replayed_harmful", item.seed, item))
+        return games[:room]
+
+    def remember(self, games, turns, rewards):
+        """Add a step's new failures on harmful seeds and count its replays -> the pool's metrics.
+        games: (kind, seed, item if replayed). turns: the defender's. rewards: r_def of each turn,
+        None where it was dropped."""
+        fresh, replayed = [], []
+        for turn, r_def in zip(turns, rewards):
+            if r_def is None or not turn.kind.endswith("harmful"):
+                continue
+            item = games[turn.game][2] if len(games[turn.game]) > 2 else None
+            if item:
+                replayed.append(r_def)
+                self.visit(item, r_def, turn.answer)
+            else:
+                fresh.append(r_def)
+                if r_def < 0.5:
+                    self.insert(turn.seed, turn.request, turn.answer, r_def)
+        return dict(r_fresh=mean(fresh), r_replay=mean(replayed), pool=len(self.items),
+                    mastered=len(self.left) / max(1, self.born))
+
+    def visit_counts(self):
+        """Visits of each item that the pool has had and still has or that was mastered."""
+        return self.left + [item.visits for item in self.items]

