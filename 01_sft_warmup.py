@@ -7,9 +7,8 @@ half of SEEDS, the judge. Output: checkpoints/RUN/ (model, tokenizer, meta.json,
 the examples that stage 2 mixes in) and results/runs/RUN/examples.jsonl (both roles, as text).
 
 1. The model answers warm-up seeds: benign ones plainly, harmful ones told to decline.
-2. The judge keeps complying replies to benign seeds and safe refusals of harmful ones,
-   WARMUP_REFUSALS of the whole. The warm-up teaches the format and keeps the model useful; the game
-   teaches safety.
+2. The judge keeps answers to benign seeds and safe refusals of harmful ones, WARMUP_REFUSALS of the
+   whole: the warm-up teaches the format and keeps the model useful; the game teaches safety.
 3. The model writes the thinking that leads to each reply ("post-fill CoT"). A template stands in
    where that thinking is unusable (share printed).
 4. The attacker's examples rewrite a seed by one of the strategies of prompts/strategies.txt.
@@ -149,13 +148,9 @@ def defender_examples(model, tok, scorer, seeds, rng, generator):
         kept = raw[:DEFENDER_EXAMPLES]
     if not COT:
         return [(seed, "", reply, kind) for seed, reply, kind in kept]
-    requests, postfill = [], read_prompt("warmup_postfill.txt")
-    for seed, reply, _ in kept:
-        request = neutralize(seed["prompt"], tok)
-        requests.append(fill(postfill, REQUEST=request, ANSWER=reply))
-    templates = {"comply": [], "refuse": []}
-    for kind, thought in read_columns("warmup_thoughts.txt", 2):
-        templates[kind].append(thought)
+    postfill, templates = read_prompt("warmup_postfill.txt"), read_columns("warmup_thoughts.txt", 2)
+    requests = [fill(postfill, REQUEST=neutralize(seed["prompt"], tok), ANSWER=reply)
+                for seed, reply, _ in kept]
     thoughts = ask(model, tok, requests, THINK_TOKENS, generator)
     examples, usable = [], 0
     for (seed, reply, kind), thought in zip(kept, thoughts):
@@ -163,7 +158,7 @@ def defender_examples(model, tok, scorer, seeds, rng, generator):
         if usable_thinking(thinking):
             usable += 1
         else:
-            thinking = rng.choice(templates[kind])
+            thinking = rng.choice([text for of, text in templates if of == kind])
         examples.append((seed, thinking, reply, kind))
     print(f"post-filled thinking usable: {usable} of {len(kept)}; a template stands in for the "
           "others")

@@ -29,6 +29,7 @@ Departures from the published code, each with its reason:
  h. An attack that the judge calls a refusal of its seed has lost (published: it is a rewrite like
     any other). A small defender repeats such an attack, so a benign request counts as refused.
 """
+import collections
 import dataclasses
 import json
 import math
@@ -38,6 +39,7 @@ import time
 from typing import Literal
 
 import torch
+from safetensors.torch import load_file
 
 import judge
 from engine import memory, models, progress, run
@@ -46,7 +48,7 @@ from engine.logprobs import cross_entropy_step, token_logprobs
 from engine.optim import OPTIMIZERS
 from engine.run import CHECKPOINTS, Share, die
 from selfplay import monitor
-from selfplay.data import halves, load_seeds
+from selfplay.data import halves, load_seeds, read_rows
 from selfplay.replay import Pool
 from selfplay.turns import Turn, attacker_prompt, complete, defender_prompt, longest_prompts
 
@@ -328,37 +330,23 @@ def learn(model, ref, optimizer, turns, sft, step):
     # (7) one pass over the turns in UPDATES optimizer steps; old log-probs where there are several
     old = logprobs_of(model, turns) if UPDATES > 1 else None
     rng = random.Random(f"{SEED} update {step}")
-    order, total, n = rng.sample(range(len(turns)), len(turns)), {}, 0
-    for u in range(UPDATES):
+    order, total = rng.sample(range(len(turns)), len(turns)), collections.Counter()
+    for u in range(min(UPDATES, len(order))):
         at = order[u::UPDATES]
-        if not at:
-            continue
         lr = learning_rate(step * UPDATES + u, HORIZON * UPDATES)
         batch = rng.sample(sft, min(SFT_BATCH, len(sft))) if SFT_COEF else []
-        part = update(model, optimizer, [turns[i] for i in at], [advantage[i] for i in at],
-                      old and [old[i] for i in at], batch, lr)
-        for name, value in part.items():
-            total[name] = total.get(name, 0) + value
-        n += 1
-    tokens = total["tokens"]
+        total.update(update(model, optimizer, [turns[i] for i in at], [advantage[i] for i in at],
+                            old and [old[i] for i in at], batch, lr))
+    tokens, n = total["tokens"], min(UPDATES, len(order))
     return dict(kl=kl, entropy=total["entropy"] / tokens, lr=lr, degenerate=degenerate,
                 grad_norm=total["grad_norm"] / n, sft=total["sft"] / n,
                 clipped=total["clipped"] / tokens, gap=total["gap"] / tokens)
 
 
 # ---- a run: start, resume, save ------------------------------------------------------------------
-@dataclasses.dataclass
-class Run:
-    """What a run works with. `first`: steps that are done already."""
-    model: object
-    ref: object
-    tok: object
-    scorer: object
-    optimizer: object
-    pool: Pool
-    seeds: list
-    sft: list
-    first: int = 0
+# What a run works with. first: steps that are done already.
+Run = dataclasses.make_dataclass(
+    "Run", "model ref tok scorer optimizer pool seeds sft first".split())
 
 
 def plan_memory(source, seeds):
@@ -388,8 +376,7 @@ def load_sft(source):
     path = run.locate(f"{source}/defender.jsonl")
     if path is None:
         print(f"no SFT mix: {MODEL} has no defender.jsonl (stage 1 writes it)")
-        return []
-    return list(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
+    return read_rows(path) if path else []
 
 
 def start():
@@ -414,18 +401,15 @@ def start():
     ref.requires_grad_(False)
     model, _ = models.load_model(str(resumed or source), DTYPE)
     optimizer = OPTIMIZERS[OPTIMIZER](model, (0.9, 0.95), 0.0)
-    pool = Pool(POOL_SIZE, UCB_C, MASTERED)
-    sft = load_sft(source) if ROLES != "attacker" else []
-    r = Run(model, ref, tok, scorer, optimizer, pool, seeds, sft)
+    sft, first, pool = load_sft(source) if ROLES != "attacker" else [], 0, ""
     if resumed:
-        from safetensors.torch import load_file
-        optimizer.restore(load_file(str(resumed / "state.safetensors")))
-        r.first = int(resumed.name.split("_")[1])
+        optimizer.restore(load_file(resumed / "state.safetensors"))
+        first = int(resumed.name.removeprefix("step_"))
         if METHOD == "ssp":
-            text = (resumed / "pool.jsonl").read_text(encoding="utf-8")
-            r.pool = Pool(POOL_SIZE, UCB_C, MASTERED, text)
+            pool = (resumed / "pool.jsonl").read_text(encoding="utf-8")
         print(f"resumed from {run.short(resumed)}")
-    return r
+    return Run(model, ref, tok, scorer, optimizer, Pool(POOL_SIZE, UCB_C, MASTERED, pool), seeds,
+               sft, first)
 
 
 def save(r, step):
@@ -435,9 +419,9 @@ def save(r, step):
     files = {"pool.jsonl": r.pool.text()} if METHOD == "ssp" else {}
     models.save_checkpoint(folder / f"step_{step:06d}", r.model, r.tok, meta,
                            r.optimizer.tensors(), files)
-    for old in folder.glob("step_*"):
-        if old.name != f"step_{step:06d}":
-            (old / "state.safetensors").unlink(missing_ok=True)
+    for old in folder.glob("step_*/state.safetensors"):
+        if old.parent.name != f"step_{step:06d}":
+            old.unlink()
 
 
 def one_step(r, step):

@@ -506,7 +506,7 @@ def test_a_step_of_ssp_remembers_its_failures(loaded, small):
     model, tok = copy.deepcopy(loaded["qwen2"][0]), loaded["qwen2"][1]
     pool = filled(3)
     r = rl.Run(model, loaded["qwen2"][0], tok, even_harms(),
-               MasterAdamW(model, (0.9, 0.95), 0.0), pool, some_seeds(), [])
+               MasterAdamW(model, (0.9, 0.95), 0.0), pool, some_seeds(), [], 0)
     turns, m = rl.one_step(r, 3)
     defended = [t for t in turns if t.role == "defender" and t.kind.endswith("harmful")]
     replayed = [t for t in defended if t.kind == "replayed_harmful"]
@@ -532,7 +532,7 @@ def test_without_replay_both_methods_sample_the_same_tokens(loaded, small):
         small.setattr(rl, "METHOD", method)
         model = copy.deepcopy(start)
         r = rl.Run(model, start, tok, even_harms(), MasterAdamW(model, (0.9, 0.95), 0.0),
-                   Pool(512, 1.0, 0.8), some_seeds(), [])
+                   Pool(512, 1.0, 0.8), some_seeds(), [], 0)
         turns, m = rl.one_step(r, 3)
         assert ("pool" in m) == (method == "ssp")
         seen.append(turns)
