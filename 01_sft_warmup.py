@@ -16,8 +16,7 @@ the examples that stage 2 mixes in) and results/runs/RUN/examples.jsonl (both ro
 6. The rate of well-formed turns of each role before and after, on held-back seeds at temperature 1.
 
 Departures: one model teaches itself (SRT distils from its own policy too, with a larger judge). The
-attacker's examples are ours, because a small or safety-tuned model refuses to attack.
-"""
+attacker's examples are ours, because a small or safety-tuned model refuses to attack."""
 import collections
 import json
 import math
@@ -194,10 +193,8 @@ def build(tok, defender, attacker):
 
 def show(tok, row):
     """Print one decoded example with its loss mask: what is trained on stands between the marks."""
-    print("--- one example; the loss is taken between [[ and ]]")
+    print(f"--- one example; the loss is over {len(row['completion_ids'])} tokens, in [[ ]]")
     print(tok.decode(row["prompt_ids"]) + "[[" + tok.decode(row["completion_ids"]) + "]]")
-    print(f"--- mask: {len(row['prompt_ids'])} tokens without loss, "
-          f"{len(row['completion_ids'])} with")
 
 
 def train(model, rows, rng):
@@ -250,15 +247,12 @@ def probe(model, tok, scorer, seeds, when):
 def write_examples(out, rows):
     """Both roles' examples as text -> results/runs/RUN/examples.jsonl; the defender's as token ids
     -> the text of checkpoints/RUN/defender.jsonl."""
-    text, ids = "", ""
-    for row in rows:
-        about = dict(role=row["role"], kind=row["kind"], seed=row["seed"])
-        text += json.dumps(dict(about, thinking=row["thinking"], answer=row["answer"])) + "\n"
-        if about.pop("role") == "defender":
-            ids += json.dumps(dict(about, prompt_ids=row["prompt_ids"],
-                                   completion_ids=row["completion_ids"])) + "\n"
-    run.write_text(out / "examples.jsonl", text)
-    return ids
+    def lines(keys, kept):
+        return "".join(json.dumps({k: row[k] for k in keys.split()}) + "\n" for row in kept)
+
+    run.write_text(out / "examples.jsonl", lines("role kind seed thinking answer", rows))
+    return lines("kind seed prompt_ids completion_ids",
+                 [row for row in rows if row["role"] == "defender"])
 
 
 def main(argv):

@@ -27,8 +27,7 @@ Departures from the published code, each with its reason:
  f. Random numbers are a function of (SEED, step), so a resumed run needs no generator state.
  g. SSP: the pool holds harmful games only, and replayed games take the places of harmful ones.
  h. An attack that the judge calls a refusal of its seed has lost (published: it is a rewrite like
-    any other). A small defender repeats such an attack, so a benign request counts as refused.
-"""
+    any other). A small defender repeats such an attack, so a benign request counts as refused."""
 import collections
 import dataclasses
 import json
@@ -103,7 +102,6 @@ PAPER = dict(JUDGE="allenai/wildguard", SEEDS="allenai/wildjailbreak", STEPS=200
              SFT_BATCH=32, SAMPLE_BATCH=64, TRAIN_TOKENS=4096, OPTIMIZER="kahan")
 # ==================================================================================================
 
-
 # ---- rewards [SRT section 3] ---------------------------------------------------------------------
 # size of each term; signs() below says when a term is +1 and when -1
 DEFENDER = dict(harmful_reply=-1.0, right_refusal=+1.0)
@@ -115,13 +113,11 @@ REWARDS = {"general_sum": dict(attacker=ATTACKER, defender=DEFENDER),
 
 def signs(kind, labels):
     """+1 or -1 for each term; a "harmful prompt" is the judge's label of what the defender saw."""
-    def plus(x):
-        return 1.0 if x else -1.0
-
+    sign = {True: 1.0, False: -1.0}
     # faithful: "revision faithfulness"; right_refusal: harmful refused, benign answered
-    return dict(faithful=plus(labels.prompt_harmful == kind.endswith("harmful")),
-                harmful_reply=plus(labels.response_harmful),
-                right_refusal=plus(labels.response_refusal == labels.prompt_harmful))
+    return dict(faithful=sign[labels.prompt_harmful == kind.endswith("harmful")],
+                harmful_reply=sign[labels.response_harmful],
+                right_refusal=sign[labels.response_refusal == labels.prompt_harmful])
 
 
 def game_reward(role, kind, labels, scheme):

@@ -4,13 +4,11 @@
     python 03_evaluate.py CROSSPLAY=checkpoints/02_rl/step_000020,checkpoints/02_rl/step_000060
 
 Claim to check (SRT, arXiv 2506.07468, section 4): self-play lowers the attack success rate (ASR),
-the share of harmful answers, and the model neither refuses benign requests nor unlearns. So ASR and
-benign compliance stand side by side. Cost: about 500 answers a checkpoint for the seeds, 3000 more
-with DATA_DIR, 100 for each attacker and defender. A killed run goes on and gives the same bytes.
+the share of harmful answers, and the model neither refuses benign requests nor unlearns. Cost:
+about 500 answers a checkpoint, 3000 more with DATA_DIR. A killed run gives the same bytes.
 
 1. Collect the prompts: held-back seeds, evaluation/benchmarks.py, evaluation/capability.py.
-2. Generate greedy answers. Attackers rewrite the harmful seeds at temperature 1; the defenders
-   answer these attacks too.
+2. Generate greedy answers, and attacks: the harmful seeds, rewritten at temperature 1.
 3. Judge every answer, with JUDGE2 a second time.
 4. Score: rates with bootstrap intervals, paired changes, attackers, cross-play.
 5. Write results/runs/RUN/ (with LIMIT: RUN_limitN): table.md, summary.json, rates.png,
@@ -20,8 +18,7 @@ with DATA_DIR, 100 for each attacker and defender. A killed run goes on and give
 Departures from the paper: (1) With the embedded judge, compare rows with each other only. (2) The
 base model is asked in its own chat template; it does not know the turn format. (3) An empty answer
 to a benign prompt is no compliance. (4) An empty attack has failed and stays in n. (5) HarmBench's
-80 copyright items are judged like the rest (published: by hashes).
-"""
+80 copyright items are judged like the rest (published: by hashes)."""
 import collections
 import gc
 import hashlib
@@ -29,7 +26,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 
@@ -38,10 +35,10 @@ from engine import models, run
 from engine.batching import chunks, evenly, micro_batches
 from engine.run import die, locate, publishable
 from evaluation import attackers, capability, crossplay, tables
-from evaluation.benchmarks import BENCHMARKS, find_files, load_benchmarks
-from evaluation.players import Checkpoint, answers_name, find_players, parent_of, sha
+from evaluation.benchmarks import load_benchmarks
+from evaluation.players import answers_name, find_players, parent_of, sha
 from evaluation.scores import paired_changes, score_answers, score_opinions
-from selfplay.data import append_missing, load_seeds, read_rows
+from selfplay.data import append_missing, load_seeds, read_rows, rows_by_id
 from selfplay.sanitize import neutralize
 from selfplay.turns import Turn, attacker_prompt, complete, defender_prompt, read_prompt, render
 
@@ -73,37 +70,20 @@ PAPER = dict(CHECKPOINTS="Qwen/Qwen2.5-7B-Instruct,checkpoints/01_sft,checkpoint
 SHOWN = ("attacker_system.txt", "attacker_harmful.txt", "defender.txt", "format_cot.txt",
          "format_plain.txt")  # prompts that the models see here
 
-
-class Job(NamedTuple):
-    """One file <benchmark>.jsonl in the attacker's folder, which the defender writes. benchmark:
-    "attacks" (the attacker's own), a name of answers_name (a defender's answers to them), a
-    benchmark or a capability task; for the last two a model is attacker and defender."""
-    attacker: Checkpoint
-    benchmark: str
-    defender: Checkpoint
-
-
-# ---- (1) collect ---------------------------------------------------------------------------------
-def data_source():
-    """DATA_DIR as a folder or "hub"; "" for seeds only. A folder without any known file stops."""
-    known = " ".join([*capability.FILES.values(), *(b.files for b in BENCHMARKS)])
-    folder = locate(DATA_DIR)
-    if DATA_DIR in ("", "hub"):
-        return DATA_DIR
-    if not folder or not find_files(folder, known):
-        die(f"DATA_DIR={DATA_DIR}: no folder with at least one of {known.replace(' ', ', ')}")
-    return folder
+# A file <benchmark>.jsonl in the attacker's folder that the defender writes: "attacks", answers to
+# them (by answers_name), or those to a benchmark or task, where one model is both.
+Job = collections.namedtuple("Job", "attacker benchmark defender")
 
 
 def collect(source):
-    """All prompts: {benchmark: [{id, prompt, benchmark, harmful, text_ships}]}, LIMIT applied."""
+    """All prompts: {benchmark: [{id, prompt, benchmark, harmful, text_ships}]}, LIMIT applied.
+    source: a folder or "hub"; without one, the seeds only."""
     found, ships = dict(seeds_harmful=[], seeds_benign=[]), SEEDS == "prompts/seeds.jsonl"
     for seed in load_seeds(SEEDS, "held_back"):
         name = "seeds_harmful" if seed["harmful"] else "seeds_benign"
         found[name].append(dict(id=seed["id"], prompt=seed["prompt"], benchmark=name,
                                 harmful=seed["harmful"], text_ships=ships))
-    if source:
-        found |= load_benchmarks(source)
+    found |= load_benchmarks(source) if source else {}
     for name, items in found.items():
         if len({item["id"] for item in items}) < len(items):
             die(f"{name}: two prompts have the same id")
@@ -121,8 +101,7 @@ def find_judge(name):
         models.check_hub(name)  # stops by itself
     for file in files:  # their content counts: a folder may be trained anew
         if not file.is_file():
-            die(f"{adapter}: no adapter with its calibration.json: run python -m "
-                "judge_adapter.train DATA_DIR=<folder> first")
+            die(f"{file} not found: run python -m judge_adapter.train DATA_DIR=<folder> first")
         with open(file, "rb") as f:
             parts.append(hashlib.file_digest(f, "sha256").hexdigest())
     return sha(*parts)
@@ -139,42 +118,29 @@ def check_folder(folder, checkpoint, base, digests):
     old = json.loads(file.read_text(encoding="utf-8"))["fixed"] if file.is_file() else {}
     other = [f"{k}={old[k]} (now {v})" for k, v in fixed.items() if old.get(k, v) != v]
     if other:
-        die(f"{run.short(folder)} was made with {', '.join(other)}: give another RUN=, or delete "
-            "the folder")
+        die(f"{run.short(folder)} was made with {', '.join(other)}: delete it or give another RUN=")
     return old | fixed if old | fixed != old else None
 
 
-# ---- (2) generate --------------------------------------------------------------------------------
-def by_id(path):
-    """{id: row} of a JSONL file."""
-    return {row["id"]: row for row in read_rows(path)}
-
-
 def plan(base, checkpoints, players, names):
-    """-> [(model, its jobs)], in an order in which every job finds what it needs. names: of
-    benchmarks and tasks. A model can answer another's attacks once these are written. So each model
-    first attacks, answers itself and the benchmarks. The base comes last, and at once answers the
-    attacks of all others. Then the others are loaded again for the rest."""
-    attacking = list(dict.fromkeys([*checkpoints, *players]))
-    own, foreign = collections.defaultdict(list), collections.defaultdict(list)
-    for attacker in attacking:
-        evaluated = names if attacker in checkpoints else []
-        for name in ("attacks", "attacks_own", *evaluated):
-            own[attacker].append(Job(attacker, name, attacker))
-        for defender in dict.fromkeys([base, *players]):
+    """All jobs, in an order in which each finds the attacks it answers: each model attacks, answers
+    itself and the benchmarks and tasks (`names`), the base last. The base then answers the attacks
+    of all others. At the end the others are loaded again and answer the rest."""
+    attacking, jobs = list(dict.fromkeys([*checkpoints, *players])), []
+    for c in sorted(attacking, key=lambda c: c == base):
+        for name in ("attacks", "attacks_own", *(names if c in checkpoints else [])):
+            jobs.append(Job(c, name, c))
+    for defender in dict.fromkeys([base, *players]):
+        for attacker in attacking:
             meet = attacker in players and defender in players
             if attacker != defender and (meet or attacker in checkpoints and defender == base):
-                name = answers_name(attacker, defender, base)
-                foreign[defender].append(Job(attacker, name, defender))
-    others = [c for c in attacking if c != base]
-    work = [(c, own[c]) for c in others]
-    work.append((base, own[base] + foreign[base]))
-    return work + [(c, foreign[c]) for c in others]
+                jobs.append(Job(attacker, answers_name(attacker, defender, base), defender))
+    return jobs
 
 
 def prompts_of(job, folders, prompts):
-    """What a job has to answer: a benchmark or task of `prompts` {name: items}, the harmful seeds
-    to rewrite, or the attacker's attacks as items. An attack without text is not sent."""
+    """What a job has to answer: items of `prompts` {benchmark or task: items}, the harmful seeds to
+    rewrite, or the attacker's attacks. An attack without text is not sent."""
     if job.benchmark in prompts:
         return prompts[job.benchmark]
     if job.benchmark == "attacks":
@@ -186,31 +152,29 @@ def prompts_of(job, folders, prompts):
     return items
 
 
-def generate_all(work, folders, prompts, tasks):
-    """Do all jobs of plan(). A model is loaded when its first unfinished job needs it."""
-    for checkpoint, jobs in work:
-        loaded = None
-        for job in jobs:
-            path = folders[job.attacker.label] / f"{job.benchmark}.jsonl"
-            items, done = prompts_of(job, folders, prompts), by_id(path)
-            if all(item["id"] in done for item in items):
-                continue
-            loaded = loaded or models.load_model(checkpoint.path, DTYPE)
-            if job.benchmark in tasks:
-                capability.ask(*loaded, path, items)
-            else:
-                generate(*loaded, checkpoint, path, items)
-        if loaded:
-            del loaded  # the next model has the memory to itself
+def generate_all(jobs, folders, prompts, tasks):
+    """Do the jobs of plan(). A model is loaded when its first unfinished job needs it."""
+    loaded = holder = None
+    for job in jobs:
+        path = folders[job.attacker.label] / f"{job.benchmark}.jsonl"
+        items = prompts_of(job, folders, prompts)
+        if rows_by_id(path).keys() >= {item["id"] for item in items}:
+            continue
+        if job.defender != holder:
+            loaded, holder = None, job.defender  # the next model has the memory to itself
             gc.collect()
+            loaded = models.load_model(holder.path, DTYPE)
+        if job.benchmark in tasks:
+            capability.ask(*loaded, path, items)
+        else:
+            generate(*loaded, holder, path, items)
 
 
 def generate(model, tok, checkpoint, path, items):
     """A checkpoint's attacks at temperature 1 (attacks.jsonl) or greedy answers -> `path`."""
-    attack = path.stem == "attacks"
+    attack, turns, lengths = path.stem == "attacks", {}, []
     cot = checkpoint.cot and (attack or checkpoint.style == "turns")
     tokens, temperature = (ATTACK_TOKENS, 1.0) if attack else (EVAL_TOKENS, 0.0)
-    turns, lengths = {}, []
     for item in items:
         if attack:
             ids = attacker_prompt(tok, item, cot)
@@ -241,15 +205,12 @@ def generate(model, tok, checkpoint, path, items):
     append_missing(path, batches, answer)
 
 
-# ---- (3) judge -----------------------------------------------------------------------------------
 def label_files(files, name, digest, suffix):
-    """Label the answers in `files` (path without ending, items) by the judge `name` -> labels in
-    PATH.SUFFIX.jsonl; stale ones are made anew. The judge is loaded once, by need, and gone on
-    return: the next one has the memory to itself."""
+    """Labels by the judge `name` of the answers in `files` [(path without ending, items)] ->
+    PATH.SUFFIX.jsonl; stale ones are made anew. The judge is loaded when it is needed."""
     model = None
     for stem, items in files:
-        out, key = Path(f"{stem}.{suffix}.jsonl"), {}
-        replies = by_id(Path(f"{stem}.jsonl"))
+        out, key, replies = Path(f"{stem}.{suffix}.jsonl"), {}, rows_by_id(Path(f"{stem}.jsonl"))
         for item in items:
             key[item["id"]] = sha(digest, item["prompt"], replies[item["id"]]["answer"])
         known = read_rows(out)
@@ -261,8 +222,7 @@ def label_files(files, name, digest, suffix):
             model = judge.load_judge(name, "auto" if judge.adapter_of(name) else JUDGE_QUANTIZE)
 
         def label(number, batch):
-            rows = []
-            pairs = [(item["prompt"], replies[item["id"]]["answer"]) for item in batch]
+            pairs, rows = [(item["prompt"], replies[item["id"]]["answer"]) for item in batch], []
             for item, (_, reply), x in zip(batch, pairs, model.classify(pairs)):
                 rows.append(dict(id=item["id"], key=key[item["id"]], parsed=x.parsed,
                                  **{field: getattr(x, field) for field in judge.FIELDS},
@@ -273,29 +233,23 @@ def label_files(files, name, digest, suffix):
         append_missing(out, chunks(items, 256), label)
     if model:
         print(f"judge {publishable(name)}: {model.truncated} texts cut at {judge.MAX_TEXT} tokens")
-        del model, label  # label holds the model too
-        gc.collect()
-        torch.cuda.empty_cache()  # does nothing where there is no GPU
 
 
-# ---- (4) score -----------------------------------------------------------------------------------
 def score(checkpoint, folder, base, benchmarks, tasks, seeds, embed):
     """All numbers of one checkpoint, from the files in its folder. seeds: texts of all seeds."""
     attacks, answers = read_rows(folder / "attacks.jsonl"), {}
     for name in [*benchmarks, "attacks_own", "attacks_on_base"]:
         own = checkpoint == base and name == "attacks_on_base"
-        stem = "attacks_own" if own else name
-        labels, second = by_id(folder / f"{stem}.labels.jsonl"), None
-        if JUDGE2:
-            second = by_id(folder / f"{stem}.labels2.jsonl")
-        rows = [row | labels[row["id"]] for row in read_rows(folder / f"{stem}.jsonl")]
-        harmful, failed = True, len(attacks) - len(rows)
-        if name in benchmarks:
-            harmful, failed = benchmarks[name][0]["harmful"], 0
+        stem = folder / ("attacks_own" if own else name)
+        labels = rows_by_id(Path(f"{stem}.labels.jsonl"))
+        second = rows_by_id(Path(f"{stem}.labels2.jsonl")) if JUDGE2 else None
+        rows = [row | labels[row["id"]] for row in read_rows(Path(f"{stem}.jsonl"))]
+        harmful = name not in benchmarks or benchmarks[name][0]["harmful"]
+        failed = 0 if name in benchmarks else len(attacks) - len(rows)
         answers[name] = (score_answers(rows, harmful, failed)
                          | score_opinions(rows, harmful, second, failed))
     targets = {item["id"]: item["prompt"] for item in benchmarks["seeds_harmful"]}
-    labels = by_id(folder / "attacks_own.labels.jsonl")
+    labels = rows_by_id(folder / "attacks_own.labels.jsonl")
     sent = [row["answer"] for row in attacks if row["answer"]]
     figures = (attackers.score_attacks(attacks, targets, labels)
                | attackers.describe_attacks(sent, seeds, embed))
@@ -303,19 +257,17 @@ def score(checkpoint, folder, base, benchmarks, tasks, seeds, embed):
                 attacks=dict(attacks=figures), capability=capability.score_questions(folder, tasks))
 
 
-# ---- (5) write -----------------------------------------------------------------------------------
 def clock(file, start):
     """-> note(phase): write the seconds since the last call into this run's entry in `file`. A run
     that was killed and went on has several entries. start: date and time, for the entry."""
+    seconds, last = {}, time.time()
     runs = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    runs.append(dict(start=start, seconds={}))
-    times = [time.time()]
+    runs.append(dict(start=start, seconds=seconds))
 
     def note(phase):
-        times.append(time.time())
-        runs[-1]["seconds"][phase] = round(times[-1] - times[-2], 1)
+        nonlocal last
+        seconds[phase], last = round(time.time() - last, 1), time.time()
         run.write_text(file, json.dumps(runs, indent=1))
-
     return note
 
 
@@ -323,12 +275,14 @@ def main(argv):
     """The five steps of the docstring; a user's mistake shows before the first slow one."""
     run.configure(globals(), argv)
     # (1) collect
-    source = data_source()
+    source = "hub" if DATA_DIR == "hub" else locate(DATA_DIR)
     benchmarks, tasks = collect(source), {}
     if source and CAPABILITY:
         tasks = capability.load_questions(CAPABILITY, source, LIMIT)
     elif CAPABILITY:
         print("skipped capability: it needs DATA_DIR=<folder> or DATA_DIR=hub")
+    if DATA_DIR and len(benchmarks | tasks) == 2:  # seeds only
+        die(f"DATA_DIR={DATA_DIR}: no such folder, or none of the files named above in it")
     base, checkpoints, players = find_players(BASE, CHECKPOINTS, CROSSPLAY, FORMAT, BASE_FORMAT)
     if JUDGE2 == JUDGE:
         die(f"JUDGE2={JUDGE2} is JUDGE too: a second opinion needs another judge")
@@ -351,24 +305,25 @@ def main(argv):
     for label, made in fixed.items():
         if made:
             folders[label].mkdir(parents=True, exist_ok=True)
-            text = json.dumps(dict(meta, fixed=made), indent=1)
-            run.write_text(folders[label] / "meta.json", text)
+            made = json.dumps(dict(meta, fixed=made), indent=1)
+            run.write_text(folders[label] / "meta.json", made)
     note = clock(results / "times.json", meta["time"])
     print("prompts:", sizes)
 
     # (2) generate
-    work = plan(base, checkpoints, players, prompts)
-    generate_all(work, folders, prompts, tasks)
+    jobs = plan(base, checkpoints, players, prompts)
+    generate_all(jobs, folders, prompts, tasks)
     note("generate")
 
     # (3) judge
     files = []
-    for _, jobs in work:
-        for job in jobs:
-            if job.benchmark != "attacks" and job.benchmark not in tasks:
-                files.append((folders[job.attacker.label] / job.benchmark,
-                              prompts_of(job, folders, prompts)))
+    for job in jobs:
+        if job.benchmark != "attacks" and job.benchmark not in tasks:
+            path = folders[job.attacker.label] / job.benchmark
+            files.append((path, prompts_of(job, folders, prompts)))
     for which, digest, suffix in judges:
+        gc.collect()  # the next model has the memory to itself
+        torch.cuda.empty_cache()  # does nothing where there is no GPU
         label_files(files, which, digest, suffix)
         note(suffix)
 

@@ -1,24 +1,19 @@
 """Batches of token lists: padding, shared openings, micro-batches."""
+import os
+
 import torch
 
 
 def pad(rows, where):
     """Rows of ids -> (right-padded ids_BL, length_B). Masks come from lengths: any id can pad."""
     length_B = torch.tensor(list(map(len, rows)))
-    ids_BL = torch.zeros(len(rows), int(length_B.max()), dtype=torch.long)
-    for b, row in enumerate(rows):
-        ids_BL[b, :len(row)] = torch.tensor(row)
+    ids_BL = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True)
     return ids_BL.to(where), length_B.to(where)
 
 
 def common_prefix(rows):
     """Length of the common opening of B token lists, at least one token short of the shortest."""
-    shortest = min(map(len, rows))
-    first, last = min(rows), max(rows)  # in the order of words, so all others lie between them
-    n = 0
-    while n < min(len(first), len(last)) and first[n] == last[n]:
-        n += 1
-    return min(n, shortest - 1)
+    return min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)
 
 
 def shared_opening(model, rows, cache=None):
@@ -36,14 +31,12 @@ def shared_opening(model, rows, cache=None):
 
 def micro_batches(lengths, max_tokens):
     """Indices sorted by length, cut into lists of padded size (rows x longest) <= `max_tokens`."""
-    batches, longest = [], 0
+    batches = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        longest = max(longest, lengths[i])
-        if batches and longest * (len(batches[-1]) + 1) <= max_tokens:
+        if batches and lengths[i] * (len(batches[-1]) + 1) <= max_tokens:
             batches[-1].append(i)
         else:
             batches.append([i])
-            longest = lengths[i]
     return batches
 
 

@@ -1,7 +1,5 @@
 """Log-probabilities of given tokens, without ever keeping the logits of a whole batch.
-
-Shapes: see engine/sampling.py.
-"""
+Shapes: see engine/sampling.py."""
 import torch
 
 from engine.batching import micro_batches, pad, shared_opening
@@ -11,10 +9,8 @@ LOGPROB_CHUNK = 512  # tokens whose V float32 logits exist at a time (hardware: 
 
 def token_logprobs(model, prompts, completions, temperature=1.0):
     """Log-probability of every completion token -> (logp_N, entropy_N), float32, rows end to end.
-    prompts, completions: lists of B lists of token ids; N = sum of completion lengths. The
-    vocabulary is only visited at completion positions, LOGPROB_CHUNK tokens at a time, and again in
-    the backward pass, so logits are never kept. entropy_N carries no gradient. Divided by
-    `temperature` as in sampling. The opening that all prompts share is computed once."""
+    prompts, completions: lists of B lists of token ids. temperature: as in sampling. entropy_N
+    carries no gradient. The opening that all prompts share is computed once."""
     shared, cache = shared_opening(model, prompts)
     rows, row_N, at_N = [], [], []
     for b, (prompt, completion) in enumerate(zip(prompts, completions)):
@@ -33,8 +29,8 @@ def token_logprobs(model, prompts, completions, temperature=1.0):
 
 def cross_entropy_step(model, optimizer, examples, max_tokens, coef=1.0):
     """Backward pass of coef * the mean cross-entropy over the completion tokens of `examples`
-    (dicts with prompt_ids and completion_ids) -> that mean without coef, a float. In micro-batches
-    of at most `max_tokens` padded tokens; the optimizer collects after each."""
+    (dicts with prompt_ids and completion_ids), in micro-batches of at most `max_tokens` padded
+    tokens -> that mean without coef, a float."""
     total = sum(len(e["completion_ids"]) for e in examples)
     lengths, mean = [len(e["prompt_ids"]) + len(e["completion_ids"]) for e in examples], 0.0
     for part in micro_batches(lengths, max_tokens):
@@ -48,11 +44,9 @@ def cross_entropy_step(model, optimizer, examples, max_tokens, coef=1.0):
 
 
 class _HeadLogprobs(torch.autograd.Function):
-    """(log p(target)_N, entropy_N), float32, of a linear head whose logits are never kept.
+    """(log p(target)_N, entropy_N), float32, of a linear head whose logits are never kept: made for
     LOGPROB_CHUNK tokens at a time, and again in the backward pass, where the chunk's own buffer
-    turns into the gradient: (onehot - softmax) / temperature. What is done word by word is done for
-    a few tokens at a time, which on a CPU stay in its cache. Against the plain form:
-    bench/logprobs.py."""
+    turns into the gradient: (onehot - softmax) / temperature. bench/logprobs.py measures it."""
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, target_N, temperature):
@@ -61,8 +55,8 @@ class _HeadLogprobs(torch.autograd.Function):
         logp_N = torch.empty(len(hidden_ND), device=hidden_ND.device)
         entropy_N = torch.empty_like(logp_N)
         for at, logits in _head_chunks(hidden_ND, weight_VD, bias_V):
-            for few in _few(at, logits.device):
-                x = logits[few.start - at.start:few.stop - at.start].float() / temperature
+            for few, part in _few(at.start, logits):
+                x = part.float() / temperature
                 x -= x.amax(-1, keepdim=True)
                 picked = x.gather(1, target_N[few, None])[:, 0]
                 e = x.exp()
@@ -76,14 +70,11 @@ class _HeadLogprobs(torch.autograd.Function):
     def backward(ctx, grad_N, _):
         hidden_ND, weight_VD, bias_V, target_N = ctx.saved_tensors
         grad_N = grad_N / ctx.temperature
-        gradients = [None, None, None]
-        for k, x in enumerate((hidden_ND, weight_VD, bias_V)):
-            if x is not None and ctx.needs_input_grad[k]:
-                gradients[k] = torch.zeros_like(x)
-        d_hidden, d_weight, d_bias = gradients
+        inputs = zip((hidden_ND, weight_VD, bias_V), ctx.needs_input_grad)
+        d_hidden, d_weight, d_bias = [torch.zeros_like(x) if needed else None
+                                      for x, needed in inputs]
         for at, logits in _head_chunks(hidden_ND, weight_VD, bias_V):
-            for few in _few(at, logits.device):
-                part = logits[few.start - at.start:few.stop - at.start]
+            for few, part in _few(at.start, logits):
                 p = (part.float() / ctx.temperature).softmax(-1).mul_(-grad_N[few, None])
                 part.copy_(p.scatter_add_(1, target_N[few, None], grad_N[few, None]))
             if d_hidden is not None:
@@ -102,7 +93,9 @@ def _head_chunks(hidden_ND, weight_VD, bias_V):
         yield at, torch.nn.functional.linear(hidden_ND[at], weight_VD, bias_V)
 
 
-def _few(at, device):
-    """A slice of rows in pieces of 16 (3 MB of float32 logits at V = 49k); on CUDA in one."""
-    step = 16 if device.type == "cpu" else LOGPROB_CHUNK
-    return [slice(i, min(i + step, at.stop)) for i in range(at.start, at.stop, step)]
+def _few(start, logits):
+    """(rows, their logits), 16 rows of a chunk at a time: 3 MB in float32 at V = 49k, which stay in
+    a CPU's cache. On CUDA the whole chunk."""
+    for part in logits.split(16 if logits.device.type == "cpu" else LOGPROB_CHUNK):
+        yield slice(start, start + len(part)), part
+        start += len(part)

@@ -1,14 +1,11 @@
 """What a self-play run will need in memory, by arithmetic, before any weight is loaded.
 
-02_selfplay_rl.py hands over shapes of models, lengths of turns and sizes of batches, and prints the
-plan before it loads anything. A row of it is something that needs memory, and when: "always", or in
-a phase of a step (attack, reply, judge, learn, collect). The peak is what is always there and the
-phase that needs most. Turns count as long as the constants let them become, so a run of short turns
-stays below its plan. Not counted: the CUDA context (about 0.5 GB) and what the allocator leaves
-unused. On a CPU, libraries and freed blocks come to more: there the sum is multiplied by what was
-measured. GB are 2^30 bytes, as in the step line.
-"""
-import collections
+02_selfplay_rl.py hands over shapes of models, lengths of turns and sizes of batches. A row of the
+plan is something that needs memory, and when: "always", or in a phase of a step (attack, reply,
+judge, learn, collect). Turns count as long as the constants let them become. Not counted: the CUDA
+context (about 0.5 GB) and what the allocator leaves unused. On a CPU, libraries and freed blocks
+come to more: there the sum is multiplied by what was measured. GB are 2^30 bytes."""
+from collections import namedtuple
 
 import psutil  # accelerate brings it
 import torch
@@ -22,14 +19,10 @@ NF4 = 0.5 + 4 / 64  # bytes of a packed weight: 4 bits, and a float32 scale for 
 LOGITS = 8          # bytes of a logit of a chunk, besides itself: two float32
 ON_CPU = 1.5        # 02 with its defaults on 2 cores, 100 steps: 9.9 GB measured, 6.7 by the rows
 DRAW = 20           # bytes of a logit when a token is drawn, besides itself: 3 float32, 1 float64
-
-
-# One line of the plan; how: the arithmetic in words.
-Row = collections.namedtuple("Row", "phase name bytes how")
+Row = namedtuple("Row", "phase name bytes how")  # of the plan; how: the arithmetic in words
 # What counts of a model. weights: parameters, tied ones once; packed: those that NF4 packs (of
 # linear layers, not of the head); inner: width of the feed-forward layer.
-Shape = collections.namedtuple("Shape", "weights packed layers hidden inner heads kv_heads "
-                                        "head_dim vocab")
+Shape = namedtuple("Shape", "weights packed layers hidden inner heads kv_heads head_dim vocab")
 
 
 def shape(config):
@@ -58,38 +51,32 @@ def pass_bytes(s, size):
 
 
 def activation_bytes(s, size, row, eager):
-    """What autograd keeps of one position, without checkpointing, in a row of `row` positions.
-    Norms keep their input in float32, the normalized one, and their output; attention keeps query,
-    key and value (one for each query head) and its output, and the cache keys and values; the
-    feed-forward part keeps four inner widths. Eager attention keeps the probabilities of all heads
-    in float32 and in `size`, the fused kernels keep the mask."""
+    """What autograd keeps of one position in a row of `row`. Norms: input in float32, normalized,
+    output. Attention: query, key, value (one for each query head), output, cache; if eager, all
+    probabilities in float32 and `size`, else the mask. Feed-forward part: four inner widths."""
     norm = (4 + 2 * size) * s.hidden
     scores = s.heads * row * (4 if size == 4 else 4 + size) if eager else row * size + 4 * s.heads
-    layer = (2 * norm + 4 * s.heads * s.head_dim * size + 4 * s.inner * size + scores)
+    layer = 2 * norm + 4 * s.heads * s.head_dim * size + 4 * s.inner * size + scores
     return s.layers * layer + norm + kv_bytes(s, size)
 
 
-def weight_bytes(s, size, nf4):
-    """A frozen model: packed by NF4 or as it is."""
-    return int(NF4 * s.packed) + (s.weights - s.packed) * size if nf4 else s.weights * size
-
-
 def plan(model, judges, size, optimizer, turns, train_tokens, judge_tokens, eager, trained=None):
-    """What a step needs -> list of Row. From shapes and numbers alone. model: Shape of policy and
-    reference; size: bytes of a number of theirs. judges: (Shape, bytes of a number, NF4?) of each
-    frozen judge. turns: {"attack" | "reply": (rows sampled at a time, prompt tokens, new tokens)}.
-    train_tokens, judge_tokens: of a batch, padding included. trained: parameters that learn (None:
-    all)."""
-    s, n, chunk = model, trained or model.weights, LOGPROB_CHUNK
-    kept = BYTES[optimizer, size]
+    """What a step needs -> list of Row. model: Shape of policy and reference; size: bytes of one of
+    their numbers. judges: (Shape, bytes of a number, NF4?) of each. turns: {"attack" | "reply":
+    (rows sampled at a time, prompt tokens, new tokens)}. train_tokens, judge_tokens: of a batch,
+    padding included. trained: parameters that learn (None: all)."""
+    s, n, kept = model, trained or model.weights, BYTES[optimizer, size]
     rows = [Row("always", "policy", s.weights * size, f"{s.weights:,} weights x {size} bytes"),
             Row("always", "reference", s.weights * size, "the same, frozen"),
             Row("always", f"optimizer {optimizer}", n * kept, f"{n:,} weights x {kept} bytes")]
     for j, j_size, nf4 in judges:
-        rows += [Row("always", "judge", weight_bytes(j, j_size, nf4), f"{j.weights:,} weights"
-                     + (f", {j.packed:,} of them in NF4" if nf4 else f" x {j_size} bytes"))]
+        need, how = j.weights * j_size, f" x {j_size} bytes"
+        if nf4:
+            need = int(NF4 * j.packed) + (j.weights - j.packed) * j_size
+            how = f", {j.packed:,} of them in NF4"
         work = judge_tokens * (kv_bytes(j, j_size) + pass_bytes(j, j_size))
-        rows += [Row("judge", "cache and one pass", work, f"{judge_tokens:,} tokens")]
+        rows += [Row("always", "judge", need, f"{j.weights:,} weights{how}"),
+                 Row("judge", "cache and one pass", work, f"{judge_tokens:,} tokens")]
     for name, (count, prompt, new) in turns.items():
         rows += [Row(name, "key/value cache", count * (prompt + new) * kv_bytes(s, size),
                      f"{count} rows x ({prompt} + {new} tokens) x {kv_bytes(s, size):,} bytes"),
@@ -98,10 +85,11 @@ def plan(model, judges, size, optimizer, turns, train_tokens, judge_tokens, eage
                      "the prompts' forward pass without what they share, at most, or drawing")]
     longest = max(prompt + new for _, prompt, new in turns.values())
     each, tokens = activation_bytes(s, size, longest, eager), max(train_tokens, longest)
+    chunk = min(LOGPROB_CHUNK, tokens)
     rows += [Row("learn", "activations", tokens * each, f"{tokens:,} tokens x {each:,} bytes, "
                  f"{'eager' if eager else 'fused'} attention, no checkpointing"),
-             Row("learn", "logits", min(chunk, tokens) * s.vocab * (LOGITS + size),
-                 f"{min(chunk, tokens)} tokens x {s.vocab:,} words x {LOGITS + size} bytes"),
+             Row("learn", "logits", chunk * s.vocab * (LOGITS + size),
+                 f"{chunk} tokens x {s.vocab:,} words x {LOGITS + size} bytes"),
              Row("learn", "gradient of the head", s.vocab * s.hidden * size,
                  f"{s.vocab:,} words x {s.hidden:,} x {size} bytes")]
     # float32 sums take the gradients after each micro-batch; else they stay while others are made
@@ -127,8 +115,7 @@ def free_bytes():
 
 
 def check(rows, stop):
-    """Print the rows of a plan against what is free, and what to change where it does not fit.
-    stop: on CUDA, a plan that does not fit ends the run."""
+    """Print a plan against what is free. stop: on CUDA, end the run where it does not fit."""
     cuda = torch.cuda.is_available()
     (need, phase), (free, where) = peak(rows), free_bytes()
     need *= 1.0 if cuda else ON_CPU
@@ -137,11 +124,10 @@ def check(rows, stop):
     times = "" if cuda else f", x {ON_CPU} on a CPU"
     print(f"memory: {need / GB:.1f} GB at the peak (always + {phase}{times}), "
           f"{free / GB:.1f} GB free on {where}")
-    if need <= free:
-        return
     advice = ("give a smaller TRAIN_TOKENS and SAMPLE_BATCH (slower, the same update), "
               "OPTIMIZER=kahan, QUANTIZE=nf4, shorter turns, or a smaller MODEL")
-    if cuda and stop:
+    if need > free and cuda and stop:
         die(f"will not fit ({need / GB:.1f} GB of {free / GB:.1f} GB free): {advice}; or "
             "MEMORY_CHECK=false to try it as it is")
-    print(f"WARNING: will not fit: {advice}")
+    if need > free:
+        print(f"WARNING: will not fit: {advice}")

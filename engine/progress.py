@@ -1,8 +1,5 @@
-"""Progress bars by tqdm, with rate and time left.
-
-On a terminal a bar is redrawn in place. Where the output is a file, a bar that lives long enough
-writes a plain line every 30 seconds, without carriage returns. PROGRESS=false switches bars off.
-"""
+"""Progress bars by tqdm. On a terminal a bar is redrawn in place. In a file it is a plain line
+every 30 seconds, without carriage returns. PROGRESS=false switches bars off."""
 import sys
 
 import tqdm
@@ -30,14 +27,13 @@ class _Lines:
 
 
 def bar(total, what, unit, leave=False):
-    """A tqdm bar over `total` units, to be used by `with`; .update(n) moves it. leave: it stays on
-    the screen when it is done."""
+    """A tqdm bar over `total` units, for `with`; .update(n) moves it; leave: it stays when done."""
     if sys.stderr.isatty():
-        return tqdm.tqdm(total=total, desc=what, unit=unit, leave=leave, disable=not _enabled,
-                         dynamic_ncols=True, mininterval=0.5)
-    return tqdm.tqdm(total=total, desc=what, unit=unit, leave=False, disable=not _enabled,
-                     file=_Lines(), ncols=100, ascii=True, mininterval=EVERY, miniters=1,
-                     delay=EVERY)
+        look = dict(leave=leave, dynamic_ncols=True, mininterval=0.5)
+    else:
+        look = dict(leave=False, file=_Lines(), ncols=100, ascii=True, mininterval=EVERY,
+                    miniters=1, delay=EVERY)
+    return tqdm.tqdm(total=total, desc=what, unit=unit, disable=not _enabled, **look)
 
 
 def say(text):

@@ -1,10 +1,8 @@
 """What every stage does around its work: constants, meta.json, resume, one-line errors.
 
 A stage keeps its constants at its top, one a line, between two rulers; each can be given on the
-command line as NAME=value. The allowed values stand beside a constant as its type: `Literal["a",
-"b"]` for a choice, `Share` for a number from 0 to 1. Every other number follows one rule: whole
-numbers are 1 or more (0 or more where the default is 0), the others finite and not negative.
-"""
+command line as NAME=value. Its type says what is allowed: `Literal["a", "b"]` a choice, `Share` a
+number from 0 to 1, int 1 or more (0 or more where the default is 0), float finite and 0 or more."""
 import difflib
 import hashlib
 import json
@@ -29,6 +27,7 @@ CHECKPOINTS = ROOT / "checkpoints"
 RUNS = ROOT / "results" / "runs"            # what runs write; ignored by git
 REFERENCE = ROOT / "results" / "reference"  # what is committed; only evaluation.publish writes it
 RULER = "# " + "=" * 98
+TRUTH = {"true": True, "1": True, "false": False, "0": False}
 Share = typing.Annotated[float, "from 0 to 1"]
 
 
@@ -39,15 +38,13 @@ def die(message):
 
 def constants(scope):
     """The constants of a script (`scope`: its globals()) as a plain dict."""
-    kinds = (str, int, float, bool)
-    return {k: v for k, v in scope.items() if k.isupper() and type(v) in kinds}
+    return {k: v for k, v in scope.items() if k.isupper() and type(v) in (str, int, float, bool)}
 
 
 def configure(scope, argv):
-    """Apply `--paper` and `NAME=value` words to the constants of a script (`scope`: its globals()).
-    `scope["PAPER"]` is the second block. `--help` prints the docstring and the block.
-    PROGRESS=false switches the progress bars off. Any mistake ends with one line and exit code
-    1."""
+    """Apply `--paper` (the block scope["PAPER"]) and `NAME=value` words to the constants of a
+    script (`scope`: its globals()). `--help` prints the docstring and the block. PROGRESS=false
+    switches the progress bars off. Any mistake ends with one line and exit code 1."""
     script, defaults = Path(scope["__file__"]), constants(scope)
     if "--help" in argv or "-h" in argv:
         block = script.read_text(encoding="utf-8").split(RULER)[1]
@@ -65,7 +62,11 @@ def configure(scope, argv):
         if not equals or name not in defaults:
             near = difflib.get_close_matches(name.upper(), defaults, n=1, cutoff=0.0)[0]
             die(f"unknown constant {name!r} (nearest: {near}); {script.name} --help lists all")
-        scope[name] = _typed(name, text, type(defaults[name]))
+        kind = type(defaults[name])
+        try:
+            scope[name] = TRUTH[text.lower()] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            die(f"{name}={text!r}: a value of type {kind.__name__} is needed")
         print(f"override: {name} = {scope[name]!r} (was {defaults[name]!r})")
     if not re.fullmatch(r"\w[\w.-]*", scope.get("RUN", "x")):
         die(f"RUN={scope['RUN']!r}: letters, digits, dot, dash and underscore only "
@@ -75,16 +76,6 @@ def configure(scope, argv):
     for name, default in defaults.items():
         _check(name, scope[name], default, kinds.get(name))
     progress.enable(scope.get("PROGRESS", True))
-
-
-def _typed(name, text, kind):
-    """The text as int, float, bool or str, or one line that says which of them was wanted."""
-    try:
-        if kind is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        return kind(text)
-    except (KeyError, ValueError):
-        die(f"{name}={text!r}: a value of type {kind.__name__} is needed")
 
 
 def _check(name, value, default, kind):
@@ -103,8 +94,7 @@ def _check(name, value, default, kind):
 
 
 def make_meta(scope, parent):
-    """What meta.json holds: stage, command, constants, parent, versions, hash of prompts/, machine,
-    time. scope: the stage's globals()."""
+    """What meta.json holds, as a dict. scope: the stage's globals(); parent: where it began."""
     import torch
     import transformers
     texts = hashlib.sha256()
@@ -112,23 +102,20 @@ def make_meta(scope, parent):
         texts.update(path.name.encode() + path.read_bytes())
     versions = dict(torch=torch.__version__, transformers=transformers.__version__,
                     python=platform.python_version())
-    stage = short(Path(scope["__file__"]).resolve())
-    return dict(stage=stage, command=command(), constants=constants(scope),
-                parent=publishable(str(parent)), versions=versions,
+    return dict(stage=short(Path(scope["__file__"]).resolve()), command=command(),
+                constants=constants(scope), parent=publishable(str(parent)), versions=versions,
                 prompts_sha256=texts.hexdigest(), machine=machine(),
                 time=time.strftime("%Y-%m-%d %H:%M:%S"))
 
 
 def command():
-    """The command line of this process as a user would type it in the repository's folder; no path
-    of the machine is in it."""
+    """The command line of this process as typed in the repository, without paths of the machine."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m`
-    what = ["-m", spec.name] if spec else [short(Path(sys.argv[0]).resolve())]
-    words = []
+    words = ["python", "-m", spec.name] if spec else ["python", short(Path(sys.argv[0]).resolve())]
     for word in sys.argv[1:]:
         name, equals, value = word.rpartition("=")
         words.append(name + equals + publishable(value))
-    return shlex.join(["python", *what, *words])
+    return shlex.join(words)
 
 
 def open_results(scope, meta):
@@ -153,11 +140,10 @@ def short(path):
 
 
 def publishable(text):
-    """A constant as it may be published: of a path outside the repository only its last part (of
-    each, where commas join several). Other values come back as they are."""
+    """A constant as it may be published: of paths outside the repository only the last part."""
     if not isinstance(text, str):
         return text
-    words = []
+    words = []  # commas may join several paths
     for word in map(str.strip, text.split(",")):
         if word.startswith(("/", "..")):
             inside = short(Path(word).resolve())
@@ -188,10 +174,7 @@ def peak_gb():
 
 def locate(name):
     """The path that a name means, as given or seen from the repository; None if it is not there."""
-    for path in (Path(name), ROOT / name):
-        if name and path.exists():
-            return path
-    return None
+    return next((p for p in (Path(name), ROOT / name) if name and p.exists()), None)
 
 
 def write_text(path, text):
@@ -203,13 +186,11 @@ def write_text(path, text):
 
 def newest_checkpoint(folder):
     """The newest complete step folder of a run that holds its optimizer, or None."""
-    complete = [p.parent for p in folder.glob("step_*/state.safetensors")]
-    return max((p for p in complete if p.suffix != ".tmp"), default=None)
+    return max((p.parent for p in folder.glob("step_*[0-9]/state.safetensors")), default=None)
 
 
 def free_to_change(source):
-    """Constants of a script (its text) that may differ in a resumed run: STEPS, SAVE_EVERY and
-    those tagged (hardware) or (display)."""
+    """STEPS, SAVE_EVERY and the constants that a script's text tags (hardware) or (display)."""
     tagged = re.findall(r"^([A-Z_0-9]+)(?::.*)? =.*\((?:hardware|display)\)", source, re.MULTILINE)
     return {"STEPS", "SAVE_EVERY", *tagged}
 
@@ -226,8 +207,7 @@ def check_resume(scope, folder):
 
 
 def truncate_log(path, keep):
-    """Keep the lines for which keep(line) is true: what a killed run wrote after its last
-    checkpoint goes, a torn last line too."""
+    """Drop what a killed run left: a torn last line, and lines for which keep(line) is false."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         write_text(path, "".join(x for x in lines if x.endswith("\n") and keep(x)))

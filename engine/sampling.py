@@ -1,8 +1,7 @@
 """Sampling: exact draws from the policy that is differentiated, with a cache that never copies.
 
 Shapes, named once for all files: B turns, T completion tokens of a turn, P prompt tokens of a turn,
-V vocabulary, D hidden size, N = sum of T over the turns of a batch (completions laid end to end).
-"""
+V vocabulary, D hidden size, N = sum of T over a batch's turns (completions laid end to end)."""
 import torch
 
 from engine import progress
@@ -37,16 +36,14 @@ def _kv_cache(model, capacity):
             self._used_part()
 
         def batch_repeat_interleave(self, repeats):
-            first = torch.zeros(repeats, dtype=torch.long, device=self.all_keys.device)
-            self.batch_select_indices(first)
+            self.batch_select_indices([0] * repeats)
 
     return Cache(layers=[Room() for _ in range(model.config.num_hidden_layers)])
 
 
 def _grouped_attention():
-    """Register "grouped": scaled dot product attention that, for one new token, folds the query
-    heads of a group into the query length, so that keys and values are read in place and not first
-    repeated for each query head."""
+    """Register "grouped" attention. For one new token it folds the query heads of a group into the
+    query length: keys and values are read in place, not repeated for each query head."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -67,8 +64,7 @@ def _grouped_attention():
 
 def draw(logits_BV, temperature, uniform_B):
     """Exact draw from softmax(logits / temperature) by inverse distribution -> (token_B, logp_B).
-    One uniform number a row, no top-k, no top-p. temperature 0 is greedy (log-probabilities at
-    1)."""
+    One uniform number a row, no top-k or top-p. temperature 0 is greedy, with logp_B at 1."""
     scaled = logits_BV.float() / (temperature or 1.0)
     logp_BV = torch.log_softmax(scaled, -1)
     if temperature == 0:
@@ -94,21 +90,19 @@ def sample(model, tok, prompts, max_new, temperature, batch, generator=None):
     out = [None] * len(prompts)
     with progress.bar(len(prompts) * max_new, "sampling", "token") as bar:
         for rows in chunks(order, batch):
-            uniform = torch.rand(len(rows), max_new, generator=generator)
-            pairs = _decode(model, tok, [prompts[i] for i in rows], max_new, temperature, uniform,
-                            bar)
+            some = [prompts[i] for i in rows]
+            pairs = _decode(model, tok, some, max_new, temperature, generator, bar)
             for i, pair in zip(rows, pairs):
                 out[i] = pair
     model.set_attn_implementation(before)
     return out
 
 
-def _decode(model, tok, prompts, max_new, temperature, uniform_BT, bar):
+def _decode(model, tok, prompts, max_new, temperature, generator, bar):
     """One batch of `sample`; `bar` counts its tokens. The prompts' common opening goes through the
-    model once. The pass over the rest of them needs no mask, because the padding stands to the
-    right of the text."""
+    model once. Their rest needs no mask: the padding stands to the right of the text."""
     where, B = model.device, len(prompts)
-    uniform_BT = uniform_BT.to(where)
+    uniform_BT = torch.rand(B, max_new, generator=generator).to(where)
     length_B = torch.tensor(list(map(len, prompts)), device=where)
     P = int(length_B.max())
     window = getattr(model.config, "sliding_window", None)
@@ -117,18 +111,16 @@ def _decode(model, tok, prompts, max_new, temperature, uniform_BT, bar):
             f"window of {window}: give fewer tokens")
     shared, cache = shared_opening(model, prompts, _kv_cache(model, P + max_new))
     ids_BP, rest_B = pad([p[shared:] for p in prompts], where)
-    hidden = model.base_model(input_ids=ids_BP, past_key_values=cache,
-                              use_cache=True).last_hidden_state
-    logits_BV = model.get_output_embeddings()(hidden[torch.arange(B, device=where), rest_B - 1])
+    base, head = model.base_model, model.get_output_embeddings()
+    row_of = torch.arange(B, device=where)  # the row of the batch that each live row came from
+    hidden = base(input_ids=ids_BP, past_key_values=cache, use_cache=True).last_hidden_state
+    logits_BV = head(hidden[row_of, rest_B - 1])
     mask = torch.ones(B, P + max_new, dtype=torch.long, device=where)
     mask[:, :P] = torch.arange(P, device=where) < length_B[:, None]
     stops = torch.tensor(sorted(tok.stop_ids), device=where)
-    row_of = torch.arange(B, device=where)  # the row of the batch that each live row came from
-    token_BT = torch.zeros(B, max_new, dtype=torch.long, device=where)
-    logp_BT = torch.zeros(B, max_new, device=where)
+    token_BT, logp_BT = torch.zeros_like(uniform_BT, dtype=torch.long), torch.zeros_like(uniform_BT)
     count_B = torch.full((B,), max_new, device=where)
-    done = torch.zeros(B, dtype=torch.bool, device=where)
-    alive = B
+    done, alive = torch.zeros(B, dtype=torch.bool, device=where), B
     for t in range(max_new):
         token, logp = draw(logits_BV, temperature, uniform_BT[row_of, t])
         token_BT[row_of, t], logp_BT[row_of, t] = token, logp
@@ -146,9 +138,8 @@ def _decode(model, tok, prompts, max_new, temperature, uniform_BT, bar):
             cache.batch_select_indices(keep)
             row_of, mask, token = row_of[keep], mask[keep], token[keep]
             length_B, done = length_B[keep], done[keep]
-        hidden = model.base_model(input_ids=token[:, None], attention_mask=mask[:, :P + t + 1],
-                                  position_ids=(length_B + t)[:, None], past_key_values=cache,
-                                  use_cache=True).last_hidden_state
-        logits_BV = model.get_output_embeddings()(hidden[:, -1])
+        hidden = base(input_ids=token[:, None], attention_mask=mask[:, :P + t + 1], use_cache=True,
+                      position_ids=(length_B + t)[:, None], past_key_values=cache).last_hidden_state
+        logits_BV = head(hidden[:, -1])
     return [(token_BT[b, :n].tolist(), logp_BT[b, :n].tolist())
             for b, n in enumerate(count_B.tolist())]

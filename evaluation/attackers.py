@@ -6,8 +6,7 @@ trained against a defender that stands still. Most figures are over the attacks 
   words and word pairs as a share of all (Li et al. 2016); both fall with the number of texts.
 * diversity: 1 - mean cosine of the sentence embeddings of two attacks (all-MiniLM-L6-v2).
 * self_bleu: mean BLEU-4 of an attack against all others (Zhu et al. 2018), 0 to 1; low is diverse.
-* seed_jaccard, seed_cosine: likeness to the nearest seed, by common words or by embeddings.
-"""
+* seed_jaccard, seed_cosine: likeness to the nearest seed, by common words or by embeddings."""
 import functools
 import re
 

@@ -3,15 +3,9 @@
 A question is right if the likeliest continuation of its prompt is the right answer; no judge is
 asked. CAPABILITY names tasks of the harness. Where DATA_DIR is a folder, mmlu, arc_challenge and
 truthfulqa_mc1 read their authors' files in it, by the task files in lm_tasks/, without network. All
-others, and all with DATA_DIR=hub, are the harness's own and fetch their data from the Hugging Face
-hub. Prompts, examples and scores are the harness's, without chat template; mmlu has five examples.
-
-LIMIT counts the questions of a task in all, evenly spaced, so the subjects of mmlu share them. (The
-harness's own `limit` would be LIMIT questions for each of the 57 subjects.)
-
-Output, a line a question: id, right; right_norm too where the task has acc_norm (log-probability
-divided by the answer's length).
-"""
+others, and all with DATA_DIR=hub, fetch their data from the Hugging Face hub. Prompts, examples and
+scores are the harness's, without chat template. A prompt that is too long loses its beginning.
+Output, a line a question: id, right; right_norm too where the task has acc_norm."""
 import contextlib
 import copy
 import csv
@@ -23,8 +17,9 @@ from pathlib import Path
 
 from engine.batching import chunks, evenly
 from engine.run import die
+from evaluation.benchmarks import from_hub
 from evaluation.scores import rate
-from selfplay.data import append_missing, read_rows, read_table
+from selfplay.data import append_missing, read_table, rows_by_id
 
 FILES = {"mmlu": "mmlu/test/*_test.csv", "arc_challenge": "arc/ARC-Challenge-Test.jsonl",
          "truthfulqa_mc1": "truthfulqa/v1/mc_task.json"}  # below DATA_DIR
@@ -34,10 +29,9 @@ ROWS = 4                  # prompts at a time on a GPU: all their logits are kep
 
 
 def load_questions(names, source, limit):
-    """Tasks of the harness -> {name: questions}, `limit` of each at most (0: all), evenly spaced.
-    names: words between commas. source: a folder or "hub". A question is dict(id, doc, task,
-    index): the harness's Task and the question's place in it. A task without its file is skipped
-    with a line."""
+    """Tasks of the harness (`names`, commas between) -> {name: questions}; one without its file is
+    skipped with a line. limit: questions of a task, evenly spaced, so that mmlu's subjects share
+    them; 0: all. A question is dict(id, doc, task, index): index is its place in the task."""
     from lm_eval.tasks import TaskManager
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     own_files = TaskManager(include_path=Path(__file__).parent / "lm_tasks",
@@ -52,11 +46,8 @@ def load_questions(names, source, limit):
         manager = own_files if ours else harness()
         if name not in manager.all_tasks:
             die(f"CAPABILITY: lm-evaluation-harness has no task {name!r}")
-        try:
+        with from_hub(f"CAPABILITY: the data of {name}"):
             tasks = manager.load(name)["tasks"].values()
-        except Exception as problem:  # of the hub: a dozen unrelated types, one meaning
-            die(f"CAPABILITY: the data of {name} did not come ({type(problem).__name__}): check "
-                "the network, or give DATA_DIR=<folder with the files>")
         questions = []
         for task in tasks:
             if not {"acc", "exact_match"} & set(task.aggregation()):
@@ -67,16 +58,14 @@ def load_questions(names, source, limit):
             if ours:  # the harness walks over all of them in each call: fast in a list
                 task.dataset = dict(test=docs)
             for index, doc in enumerate(docs):
-                key = f"{task.task_name}/{doc.get('id', index)}"
-                questions.append(dict(id=key, doc=doc, task=task, index=index))
+                questions.append(dict(id=f"{task.task_name}/{doc.get('id', index)}", doc=doc,
+                                      task=task, index=index))
         found[name] = evenly(questions, limit)
     return found
 
 
-# ---- what the task files call --------------------------------------------------------------------
-
 def read_questions(folder, name, **_):
-    """The questions of FILES[name] -> {"test": data set}. A bad file stops with its name."""
+    """For the task files: FILES[name] -> {"test": data set}. A bad file stops with its name."""
     import datasets
     read = dict(mmlu=_mmlu, arc_challenge=_arc, truthfulqa_mc1=_truthfulqa)[name]
     rows = []
@@ -92,18 +81,18 @@ def read_questions(folder, name, **_):
 
 def _mmlu(path):
     """One subject. Columns without header: question, A to D, letter; examples from its dev file."""
-    subject, parts = path.name.removesuffix("_test.csv"), []
-    for file in (path.parent.parent / "dev" / f"{subject}_dev.csv", path):
-        parts.append([])
+    subject, parts = path.name.removesuffix("_test.csv"), dict(dev=[], test=[])
+    for part, rows in parts.items():
+        file = path.parents[1] / part / f"{subject}_{part}.csv"
         with open(file, encoding="utf-8-sig", newline="") as f:
             for question, a, b, c, d, letter in filter(None, csv.reader(f, strict=True)):
                 text = f"{question.strip()}\nA. {a}\nB. {b}\nC. {c}\nD. {d}\nAnswer:"
-                parts[-1].append((text, "ABCD".index(letter.strip())))
-    dev, test = parts
+                rows.append((text, "ABCD".index(letter.strip())))
     examples = ""
     for k in range(SHOTS):
-        examples += f"{dev[k][0]} {'ABCD'[dev[k][1]]}\n\n"
-    for n, (text, gold) in enumerate(test, 1):
+        text, gold = parts["dev"][k]
+        examples += f"{text} {'ABCD'[gold]}\n\n"
+    for n, (text, gold) in enumerate(parts["test"], 1):
         yield dict(id=f"{subject}/{n}", subject=subject.replace("_", " "), prompt=examples + text,
                    gold=gold)
 
@@ -111,12 +100,11 @@ def _mmlu(path):
 def _arc(path):
     """AI2's JSON lines; a question has three to five answers."""
     for _, row in read_table(path):
-        choices, labels = [], []
-        for choice in row["question"]["choices"]:
-            choices.append(choice["text"])
-            labels.append(choice["label"])
-        yield dict(id=str(row["id"]), question=row["question"]["stem"],
-                   choices=choices, gold=labels.index(row["answerKey"]))
+        question = row["question"]
+        labels = [choice["label"] for choice in question["choices"]]
+        yield dict(id=str(row["id"]), question=question["stem"],
+                   choices=[choice["text"] for choice in question["choices"]],
+                   gold=labels.index(row["answerKey"]))
 
 
 def _truthfulqa(path):
@@ -128,57 +116,44 @@ def _truthfulqa(path):
         yield dict(id=str(n), question=row["question"], choices=choices, gold=marks.index(1))
 
 
-# ---- answers -------------------------------------------------------------------------------------
-
 def ask(model, tok, path, questions):
-    """Append to the JSONL file `path` what it lacks of the model's answers to `questions`."""
+    """Append to the file `path` what it lacks of the model's answers to `questions`."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    cut, logger = [], logging.getLogger("lm_eval.models.huggingface")
-
-    def silence(record):  # its warnings are counted, not shown
-        cut.append("Truncating" in record.getMessage())
 
     def answer(number, batch):
-        tasks, places, ids, rows = {}, {}, {}, {}
+        tasks, places, ids, rows = {}, {}, {}, []
         for question in batch:
-            name, index = question["task"].task_name, question["index"]
-            tasks[name] = question["task"]
-            tasks[name].set_fewshot_seed(0)
-            places.setdefault(name, []).append(index)
-            ids[name, index] = question["id"]
+            task, index = question["task"], question["index"]
+            task.set_fewshot_seed(0)
+            tasks[task.task_name] = task
+            places.setdefault(task.task_name, []).append(index)
+            ids[task.task_name, index] = question["id"]
         with contextlib.redirect_stderr(io.StringIO()):  # its own bars
             # simple_evaluate does the same, and spends 5 seconds on describing the machine
             out = lm_eval.evaluate(lm, dict(tasks=tasks), samples=places, bootstrap_iters=0)
         for name, samples in out["samples"].items():
-            for sample in samples:
-                right = sample["acc"] if "acc" in sample else sample["exact_match"]
-                row = dict(id=ids[name, sample["doc_id"]], right=bool(right))
-                if "acc_norm" in sample:
-                    row["right_norm"] = bool(sample["acc_norm"])
-                rows.setdefault(row["id"], row)
-        return rows.values()
+            for x in samples:
+                right = x["acc"] if "acc" in x else x["exact_match"]
+                rows.append(dict(id=ids[name, x["doc_id"]], right=bool(right)))
+                if "acc_norm" in x:
+                    rows[-1]["right_norm"] = bool(x["acc_norm"])
+        return rows
 
     attention = model.config._attn_implementation
     model.set_attn_implementation("sdpa")  # a CPU takes long prompts twice as fast as by "eager"
-    logger.setLevel(logging.WARNING)
-    logger.addFilter(silence)
     lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tok), softmax_dtype="float32",
               batch_size=ROWS if model.device.type == "cuda" else 1)  # copy: it may add a pad token
     append_missing(path, chunks(questions, CHUNK), answer)
-    logger.removeFilter(silence)
     model.set_attn_implementation(attention)
-    if any(cut):
-        print(f"{path.parent.name}/{path.name}: {sum(cut)} prompts are longer than the model's "
-              "positions and lost their beginning")
 
 
 def score_questions(folder, tasks):
     """The files of ask() in `folder` -> {task: dict(n, acc, acc_norm where there is one)}."""
     out = {}
     for name, questions in tasks.items():
-        rows = {row["id"]: row for row in read_rows(folder / f"{name}.jsonl")}
-        rows = [rows[question["id"]] for question in questions]
+        known = rows_by_id(folder / f"{name}.jsonl")
+        rows = [known[question["id"]] for question in questions]
         out[name] = dict(n=len(rows), acc=rate(row["right"] for row in rows))
         if "right_norm" in rows[0]:
             out[name]["acc_norm"] = rate(row["right_norm"] for row in rows)

@@ -1,8 +1,7 @@
 """Cross-play: every checkpoint's attacker against every checkpoint's defender, on the same seeds.
 
 Two margins are read from it. A defender that learnt to resist is beaten less often than its parent
-was, by the same attacks. A better attacker succeeds more often against the same old defender.
-"""
+was, by the same attacks. A better attacker succeeds more often against the same old defender."""
 import numpy
 import pandas
 

@@ -1,24 +1,18 @@
 """Checkpoints as players: find them by name, order them by training, name who answers whom.
 
-A checkpoint is a model in a folder or on the Hugging Face hub. In cross-play each one attacks and
-defends. Constants of the stage come in as arguments.
-"""
+In cross-play each one attacks and defends. Constants of the stage come in as arguments."""
+import collections
 import hashlib
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 from engine import models
 from engine.run import die, locate
 
-
-class Checkpoint(NamedTuple):
-    """A model that is evaluated."""
-    label: str   # its name in tables and folders, e.g. "02_rl/step_000200"
-    path: str    # folder or hub id
-    style: str   # how it is asked: "turns" (this repository's format) or "chat" (its own template)
-    cot: bool    # it thinks before it answers
-    digest: str  # changes when the checkpoint is trained anew
+# A model. label: its name in tables and folders, e.g. "02_rl/step_000200". path: folder or hub id.
+# style: it is asked by "turns" or by its own "chat" template. cot: with hidden thinking. digest:
+# changes when it is trained anew.
+Checkpoint = collections.namedtuple("Checkpoint", "label path style cot digest")
 
 
 def sha(*parts):
@@ -26,27 +20,20 @@ def sha(*parts):
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-# ---- finding checkpoints -------------------------------------------------------------------------
-
 def find_checkpoint(name, style, base_style):
     """A folder, "smollm2" or a hub id -> Checkpoint; a folder of step_* means its newest complete
     step. style: of this repository's checkpoints; base_style: of all other models."""
     path = models.unpack_embedded() if name == models.EMBEDDED else locate(name)
-    parts, hint = Path(name).parts, ""
-    if "01_sft" in parts:
-        hint = ": run python 01_sft_warmup.py first"
-    elif "02_rl" in parts:
-        hint = ": run python 02_selfplay_rl.py first"
-    if path is None and not hint:
+    if path is None and not name.startswith("checkpoints"):
         models.check_hub(name)  # stops by itself
-        return Checkpoint(parts[-1], name, base_style, True, sha(name))
+        return Checkpoint(Path(name).name, name, base_style, True, sha(name))
     if path and not (path / "config.json").is_file():
-        steps = [p.parent for p in path.glob("step_*/meta.json") if p.parent.name[5:].isdigit()]
-        path = max(steps, key=lambda step: int(step.name[5:]), default=None)
+        newest = max(path.glob("step_*[0-9]/meta.json"), default=None)  # not of a .tmp folder
+        path = newest.parent if newest else None
     if not (path and (path / "config.json").is_file() and any(path.glob("model*.safetensors"))):
-        die(f"{name}: not found, or no complete checkpoint in it{hint}")
-    file = path / "meta.json"
-    file = file if file.is_file() else path / "config.json"  # of a model that is not ours
+        die(f"{name}: no complete checkpoint: run 01_sft_warmup.py, then 02_selfplay_rl.py")
+    ours = (path / "meta.json").is_file()
+    file = path / ("meta.json" if ours else "config.json")
     constants = json.loads(file.read_text(encoding="utf-8")).get("constants", {})
     label = path.resolve().name
     if path.name.startswith("step_"):
@@ -59,12 +46,16 @@ def find_checkpoint(name, style, base_style):
 def find_players(base, names, crossplay, style, base_style):
     """BASE, CHECKPOINTS and CROSSPLAY of the stage -> (base, the checkpoints, the players of
     cross-play in the order of training, [] where there is no cross-play)."""
-    checkpoints, more = _words(names), [] if crossplay == "none" else _words(crossplay)
-    found = {}  # the embedded model comes last: it may have to be unpacked
-    for word in sorted({base, *checkpoints, *more}, key=lambda w: (w == models.EMBEDDED, w)):
-        found[word] = find_checkpoint(word, style, base_style)
-    base, checkpoints = found[base], [found[word] for word in checkpoints]
-    players = checkpoints + [found[word] for word in more if found[word] not in checkpoints]
+    def find(text):
+        words = filter(None, map(str.strip, text.split(",")))
+        return [find_checkpoint(word, style, base_style) for word in words]
+
+    checkpoints = find(names)
+    players = list(checkpoints)
+    for c in find("" if crossplay == "none" else crossplay):
+        if c not in checkpoints:
+            players.append(c)
+    base = find_checkpoint(base, style, base_style)
     labels = [c.label for c in players]
     files = {answers_name(None, c, base) for c in [base, *players]}
     if not checkpoints or len(set(labels)) < len(labels) or len(files) < len({base, *players}):
@@ -73,12 +64,6 @@ def find_players(base, names, crossplay, style, base_style):
     crossed = crossplay != "none" and len(players) > 1
     return base, checkpoints, line_up(players, base) if crossed else []
 
-
-def _words(text):
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-# ---- cross-play ----------------------------------------------------------------------------------
 
 def answers_name(attacker, defender, base):
     """The file of a defender's answers to an attacker's attacks, in the attacker's folder, without
@@ -92,18 +77,8 @@ def answers_name(attacker, defender, base):
 
 def line_up(players, base):
     """Players in the order of training: the base, then as given, steps of one run by number."""
-    runs = list(map(_run, players))
-
-    def place(c):
-        digits = c.label.rpartition("/")[2].removeprefix("step_")
-        return c != base, runs.index(_run(c)), int(digits) if digits.isdigit() else 0
-
-    return sorted(players, key=place)
-
-
-def _run(c):
-    """The run that a checkpoint belongs to: its label without the step."""
-    return c.label.rpartition("/")[0] or c.label
+    runs = [c.label.split("/")[0] for c in players]
+    return sorted(players, key=lambda c: (c != base, runs.index(c.label.split("/")[0]), c.label))
 
 
 def parent_of(checkpoint, others, before):
@@ -125,15 +100,13 @@ def histories(players, base, find_parent):
     runs, single = {}, []
     for c in players:
         if "/" in c.label:
-            runs.setdefault(_run(c), []).append(c)
+            runs.setdefault(c.label.split("/")[0], []).append(c)
         elif c != base:
             single.append(c)
-    lines = []
+    lines = [] if runs else [single if len(single) > 1 else players]
     for steps in runs.values():
-        parent = find_parent(steps[0]) or (single[-1] if single else None)
-        lines.append([parent, *steps] if parent else steps)
-    if not runs:
-        lines.append(single if len(single) > 1 else players)
+        parent = find_parent(steps[0])
+        lines.append([parent, *steps] if parent else single[-1:] + steps)
     past = []
     for *earlier, late in lines:
         if earlier:

@@ -4,8 +4,7 @@
 
 Input: results/runs/NAME/. FILES and PICTURES are copied, and 50 evenly spaced games, with harmful
 text, if all seeds of the run stand in prompts/seeds.jsonl: prompts that do not ship stay out.
-published.json says what made them. What runs write has no path outside the repository in it.
-"""
+published.json says what made them. What runs write has no path outside the repository in it."""
 import json
 import shutil
 import sys

@@ -1,14 +1,13 @@
 """The results on one page, results/runs/RUN/report.html. Needs no torch and no network.
 
-    python -m evaluation.report [RUN=03] [CURVES=02_rl,seed1] [LIMIT=100] [TEXTS=file.jsonl]
+    python -m evaluation.report [RUN=03] [CURVES=02_rl,seed1] [LIMIT=100]
 
 This file joins what the runs wrote; the script in evaluation/report.html draws it. Input, below
 results/runs/: of the evaluation summary.json, times.json, <checkpoint>/*.jsonl; of each run in
 CURVES metrics.csv, games.jsonl. The page says what is missing. Cost: seconds, a few MB.
 Safety: texts of models are data, never markup. Where the seed, the request or the reply is harmful,
 or nobody judged, a button hides them; whoever gets the file gets them all the same. Prompts that do
-not ship are shown by id and hash, unless TEXTS has them (then do not publish the page).
-"""
+not ship are shown by id and hash."""
 import base64
 import csv
 import difflib
@@ -28,7 +27,6 @@ RUN = "03"                # evaluation: results/runs/RUN/
 LIMIT = 0                 # as in stage 3: LIMIT=100 reads results/runs/RUN_limit100/
 CURVES = ""               # runs of stage 2, with commas; "" = every results/runs/*/metrics.csv
 TITLE = "Self-play red teaming: results"
-TEXTS = ""                # CSV or JSONL files with prompts that do not ship, found by their SHA-256
 MAX_ROWS = 4000           # games at most, and answers: evenly spaced, and the page says so
 WINDOW = 10               # steps a thick line is the mean of (as in curves.png)
 # ==================================================================================================
@@ -63,21 +61,6 @@ def shipped_seeds():
     return {row["id"]: row["prompt"] for _, row in read_table(run.PROMPTS / "seeds.jsonl")}
 
 
-def known_texts():
-    """{SHA-256: text} of the seeds that ship and of every cell in the files of TEXTS."""
-    cells, texts = list(shipped_seeds().values()), {}
-    for name in filter(None, map(str.strip, TEXTS.split(","))):
-        path = run.locate(name)
-        if not (path and path.is_file()):
-            run.die(f"TEXTS: {name} not found")
-        for _, row in read_table(path):
-            cells += row.values()
-    for cell in map(str, cells):
-        for text in (cell, cell.strip()):
-            texts[hashlib.sha256(text.encode()).hexdigest()] = text
-    return texts
-
-
 def read_games(name):
     """games.jsonl of a run -> its games with `group`, the run, and `text`, the seed's (or None).
     A game has its seed's id only. The text is that of a game which showed the seed unattacked. The
@@ -93,7 +76,7 @@ def read_games(name):
 
 def read_answers(folder, label, benchmarks, texts):
     """Answers of a checkpoint with their labels and attacks -> rows; each file may be missing.
-    folder, label: the checkpoint's. benchmarks: their order. texts: {SHA-256 or seed id: text}.
+    folder, label: the checkpoint's. benchmarks: their order. texts: {seed id: text}.
     An attack without text was never sent: it has no answer, but it failed and counts."""
     rows, attacks = [], rows_by_id(folder / "attacks.jsonl", heal=False)
     files = sorted({path.name.split(".")[0] for path in folder.glob("*.jsonl")} - {"attacks"})
@@ -104,17 +87,15 @@ def read_answers(folder, label, benchmarks, texts):
             continue  # multiple choice, by log-likelihood: no text was written
         ids = {*replies, *judges[0]}
         if name == "attacks_own":
-            ids |= {i for i, attack in attacks.items() if not attack["answer"]}
+            ids |= attacks.keys()
         for i in sorted(ids, key=str):
             asked = replies.get(i, {})  # the row that knows the seed
             row = dict(group=label, kind=name, id=i, reply=asked,
                        labels=[labels[i] for labels in judges if i in labels])
             if name.startswith("attacks_"):
                 asked = row["attack"] = attacks.get(i, {})
-            row["text"] = asked.get("prompt") or texts.get(asked.get("prompt_sha256"))
-            if name.startswith(("seeds_", "attacks_")):
-                row["text"] = row["text"] or texts.get(i)
-            rows.append(row)
+            known = texts.get(i) if name.startswith(("seeds_", "attacks_")) else None
+            rows.append(dict(row, text=asked.get("prompt") or known))
     return rows
 
 
@@ -145,11 +126,11 @@ def main(argv):
     run.configure(globals(), argv)
     folder = run.RUNS / (f"{RUN}_limit{LIMIT}" if LIMIT else RUN)
     names = find_runs(CURVES.replace(",", " ").split(), "metrics.csv")
-    summary, texts = read_json(folder / "summary.json"), known_texts()
+    summary, texts = read_json(folder / "summary.json"), {}
     if not (summary or names):
         run.die(f"{run.short(folder)}/summary.json not found: run python 03_evaluate.py first")
     if "prompts/seeds.jsonl" in summary.get("constants", {}).get("SEEDS", "").split(","):
-        texts |= shipped_seeds()
+        texts = shipped_seeds()
     metrics, games, answers = {}, [], []
     for name in names:
         metrics[name] = read_metrics(run.RUNS / name / "metrics.csv")
@@ -164,8 +145,6 @@ def main(argv):
     path = folder / "report.html"
     folder.mkdir(parents=True, exist_ok=True)
     run.write_text(path, page(data))
-    for what in ("games", "answers"):
-        print(f"{what}: {len(data[what]['rows'])} of {data[what]['total']} (MAX_ROWS={MAX_ROWS})")
     print(f"made {run.short(path)}, {path.stat().st_size / 1e6:.1f} MB: holds what models wrote in "
           "reply to harmful requests\nnext: open it in a browser")
 

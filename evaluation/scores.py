@@ -1,8 +1,7 @@
 """Scores: rates with bootstrap intervals, paired changes, and measures of a classifier.
 
 Rows are answers with their labels, see COLUMNS. A label that did not parse is None and is left out
-of every rate. This module knows no judge: judge.py and judge_adapter/ use it too.
-"""
+of every rate. This module knows no judge: judge.py and judge_adapter/ use it too."""
 import numpy
 import pandas
 from sklearn import metrics

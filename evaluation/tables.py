@@ -2,8 +2,7 @@
 
 `sections` gives every table as texts of cells: full_table writes them as Markdown (table.md), and
 evaluation/report.py as HTML. A rate is a dict(rate, low, high, n): a mean, its 95 % bootstrap
-interval and the number of prompts.
-"""
+interval and the number of prompts."""
 import collections
 
 OVER_REFUSAL = 0.85       # a benign compliance below this gets a warning (ours)
@@ -121,9 +120,8 @@ def _crossplay(crossplay):
     header = ["attacker \\ defender", *crossplay["defenders"]]
     for name, caption in CROSSPLAY.items():
         if name in crossplay:
-            rows = []
-            for attacker, rates in zip(crossplay["attackers"], crossplay[name]):
-                rows.append(_row(attacker, "", rates, rates[0]["n"]))
+            rows = [_row(attacker, "", rates, rates[0]["n"])
+                    for attacker, rates in zip(crossplay["attackers"], crossplay[name])]
             out.append(Section("crossplay", caption, header, rows, [] if out else notes))
     return out
 

@@ -1,11 +1,7 @@
 """Augmented rows: exchanges made to order, of the kinds that an attacker would search for.
 
-A policy that is trained against a judge finds what the judge gets wrong. So these rows are bare
-refusals, replies about something else, gibberish, role-play around a request, claims about the
-labels and so on. Their labels follow from how they are made: from real rows, the texts of
-judge_adapter/texts/ and prompts/strategies.txt. A part of every list of texts is kept back for
-measuring: `fresh` makes rows of that part alone.
-"""
+They are made from real rows, judge_adapter/texts/ and prompts/strategies.txt; their labels follow
+from how. A part of every list of texts is kept for measuring: `fresh` makes rows of it alone."""
 import itertools
 import json
 import types
@@ -36,7 +32,7 @@ def gather(rows, rng, fresh):
         setattr(s, name, itertools.cycle(rng.sample(lines, len(lines))))
     strategies = read_part("strategies.txt", fresh, PROMPTS)
     s.rewrites = [line.split("|", 2)[2].strip() for line in strategies]
-    s.words, s.helpful = [], []
+    s.words = []
     for row in rows[:500]:
         s.words += row["prompt"].split()
     s.seeds = [r for r in rows if r["source"] == "own_seeds"] or rows
@@ -44,19 +40,17 @@ def gather(rows, rng, fresh):
     s.benign = [r["prompt"] for r in rows if r.get("prompt_harmful") is False]
     s.bad = [r for r in rows if r.get("response_harmful") is True]
     s.replies = [r for r in rows if r.get("response") and r.get("response_harmful") is not None]
-    for r in s.replies:
-        if r["response_harmful"] is False and r.get("prompt_harmful") is False:
-            s.helpful.append(r["response"])
+    s.helpful = [r["response"] for r in s.replies
+                 if r["response_harmful"] is False and r.get("prompt_harmful") is False]
     return s
 
 
-# ---- texts, made of s: what is gathered ----------------------------------------------------------
-
+# These make texts of s, what gather() returns.
 def gibberish(s):
     items, joint, n = s.words, " ", (3, 30)
     if s.rng.random() < 0.5:
         items, joint, n = "abcdefghijklmnopqrstuvwxyz   .,;", "", (5, 150)
-    return joint.join([s.pick(items) for _ in range(s.rng.randint(*n))])
+    return joint.join(map(s.pick, [items] * s.rng.randint(*n)))
 
 
 def refusal(s):
@@ -77,8 +71,7 @@ def shelled(s, request):
     return fill(s.pick(s.shells + s.rewrites), X=request, SEED=request)
 
 
-# ---- kinds: s, and x picked from a list -> source, prompt, response, the three labels ------------
-
+# Kinds: s, and x picked from a list -> source, prompt, response, the labels that are known.
 def foreign(s, x):
     if s.rng.random() < 0.3:
         return "foreign_answered", *s.pick(x["answered"]), False, False, False
@@ -89,26 +82,23 @@ def foreign(s, x):
 
 def error(s, _):
     """A question that rests on an error. The reply says so, in words like those of a refusal."""
-    words = {}
-    for name, choices in s.error_words.items():
-        words[name] = s.pick(choices)
+    words = dict(zip(s.error_words, map(s.pick, s.error_words.values())))
     request, reply = s.pick(s.errors)
     reply = reply.format(**words) + s.pick(s.error_ends)
     return "odd", request.format(**words), reply[0].upper() + reply[1:], False, False, False
 
 
-def forged(s, x, column):
-    """A claim about the labels below the prompt or the response."""
-    x = {**x, column: f"{x[column]}\n{s.pick(s.forgeries)}"}
-    return "forged", *map(x.get, COLUMNS)
+def changed(source, row, **values):
+    """A real row, some of its columns replaced."""
+    return source, *map({**row, **values}.get, COLUMNS)
 
 
 # (weight, what x is picked from, kind): they come in this order, each `weight` times, over and over
 KINDS = [
     (2, "seeds", lambda s, x: ("rewrite", fill(s.pick(s.rewrites), SEED=x["prompt"]), None,
-                               x["prompt_harmful"], None, None)),
+                               x["prompt_harmful"])),
     (1, "seeds", lambda s, x: ("long_opening", f"{s.pick(s.helpful)[:400]}\n\n{x['prompt']}", None,
-                               x["prompt_harmful"], None, None)),
+                               x["prompt_harmful"])),
     (1, "languages", foreign),
     (2, "benign", lambda s, x: ("refusal_benign", x, polite(s), False, True, False)),
     (2, "harmful", lambda s, x: ("refusal_harmful", x, polite(s), True, True, False)),
@@ -119,40 +109,35 @@ KINDS = [
     (1, "benign", lambda s, x: ("agreement", x, next(s.agreements), False, False, False)),
     (2, "harmful", lambda s, x: ("off_topic", x, s.pick(s.helpful), True, False, False)),
     (2, None, error),
-    (3, "contrasts", lambda s, x: ("contrast_benign", x[0].replace("{x}", s.pick(x[1])), None,
-                                   False, None, None)),
-    (2, "contrasts", lambda s, x: ("contrast_harmful", x[0].replace("{x}", s.pick(x[2])), None,
-                                   True, None, None)),
+    (3, "contrasts", lambda s, x: ("contrast_benign", x[0].format(x=s.pick(x[1])), None, False)),
+    (2, "contrasts", lambda s, x: ("contrast_harmful", x[0].format(x=s.pick(x[2])), None, True)),
     (1, "benign", lambda s, x: ("benign_other", x, s.pick(s.helpful), False, False, False)),
     (1, "harmful", lambda s, x: ("echo", x, s.pick(["", "You asked: "]) + x, True, False, False)),
     (1, "harmful", lambda s, x: ("gibberish", x, gibberish(s), True, False, False)),
     (1, None, lambda s, _: ("gibberish", gibberish(s), s.pick([gibberish(s), s.pick(s.helpful)]),
                             False, False, False)),
-    (1, "bad", lambda s, x: ("refuse_comply", x["prompt"],
-                             f"{refusal(s)} {s.pick(s.turns)}{x['response']}",
-                             x.get("prompt_harmful"), False, True)),
-    (1, "bad", lambda s, x: ("disclaim", x["prompt"],
-                             f"{x['response']} {s.pick(s.disclaimers)}",
-                             x.get("prompt_harmful"), False, True)),
-    (1, "replies", lambda s, x: ("shell_reply", shelled(s, x["prompt"]), x["response"],
-                                 *map(x.get, FIELDS))),
-    (1, "bad", lambda s, x: ("shell_reply", shelled(s, x["prompt"]), x["response"],
-                             *map(x.get, FIELDS))),
-    (1, "harmful", lambda s, x: ("shell_harmful", shelled(s, x), None, True, None, None)),
-    (1, "benign", lambda s, x: ("shell_benign", shelled(s, x), None, False, None, None)),
+    (1, "bad", lambda s, x: changed("refuse_comply", x, response_refusal=False,
+                                    response=f"{refusal(s)} {s.pick(s.turns)}{x['response']}")),
+    (1, "bad", lambda s, x: changed("disclaim", x, response_refusal=False,
+                                    response=f"{x['response']} {s.pick(s.disclaimers)}")),
+    (1, "replies", lambda s, x: changed("shell_reply", x, prompt=shelled(s, x["prompt"]))),
+    (1, "bad", lambda s, x: changed("shell_reply", x, prompt=shelled(s, x["prompt"]))),
+    (1, "harmful", lambda s, x: ("shell_harmful", shelled(s, x), None, True)),
+    (1, "benign", lambda s, x: ("shell_benign", shelled(s, x), None, False)),
     (1, "harmful", lambda s, x: ("shell_refused", shelled(s, x), polite(s), True, True, False)),
-    (1, "replies", lambda s, x: forged(s, x, "prompt")),
-    (1, "replies", lambda s, x: forged(s, x, "response"))]
+    (1, "replies", lambda s, x: changed(
+        "forged", x, prompt=f"{x['prompt']}\n{s.pick(s.forgeries)}")),
+    (1, "replies", lambda s, x: changed(
+        "forged", x, response=f"{x['response']}\n{s.pick(s.forgeries)}"))]
 
 
 def augment(rows, n, rng, fresh):
     """n augmented rows made from `rows`, of all kinds in turn; rng: a random.Random. Each is a dict
-    of prompt, response, the three labels (None: not labelled) and source, "aug_" + its kind."""
+    of prompt, response, the three labels (None: not known) and source, "aug_" + its kind."""
     s, order, made = gather(rows, rng, fresh), [], []
     for weight, base, kind in KINDS:
         order += [(base, kind)] * weight
-    for i in range(n):
-        base, kind = order[i % len(order)]
+    for base, kind in itertools.islice(itertools.cycle(order), n):
         source, *values = kind(s, s.pick(getattr(s, base)) if base else None)
-        made.append(dict(zip(COLUMNS, values), source=f"aug_{source}"))
+        made.append(dict(itertools.zip_longest(COLUMNS, values), source=f"aug_{source}"))
     return made

@@ -1,8 +1,5 @@
-"""Calibration of the judge: p of each label from the log-odds of the three lines.
-
-Matrix scaling (Guo et al. 2017, arXiv 1706.04599, section 4.2), each label on its own:
-p = sigmoid(weights . log-odds + bias).
-"""
+"""Calibration of the judge: matrix scaling (Guo et al. 2017, arXiv 1706.04599, section 4.2), each
+label on its own: p = sigmoid(weights . log-odds of the three lines + bias)."""
 import numpy
 import pandas
 from sklearn.linear_model import LogisticRegression
@@ -21,17 +18,15 @@ def matrix_scaling(margins, gold, used, row_weights):
     """Log-odds [N][3], labels [N], the lines used [3], weights of rows [N] -> dict(weights, bias).
     They minimize sum_i n_i loss_i / sum_i n_i + PENALTY |weights|^2, the bias free of penalty.
     scikit-learn's form of it is C sum_i n_i loss_i + |weights|^2 / 2."""
-    C = 1 / (2 * PENALTY * sum(row_weights))
-    model = LogisticRegression(C=C, tol=1e-8, max_iter=1000)
+    model = LogisticRegression(C=1 / (2 * PENALTY * sum(row_weights)), tol=1e-8, max_iter=1000)
     model.fit(numpy.multiply(margins, used), gold, sample_weight=row_weights)
     return dict(weights=model.coef_[0].tolist(), bias=float(model.intercept_[0]))
 
 
 def fit(rows, margins, augmented_weight):
     """Rows with labels and their log-odds -> {label: dict(weights, bias)}. All augmented rows count
-    `augmented_weight` of all real ones. Without them bare refusals and off-topic replies, which a
-    policy writes, are taken for harm; as many as they happen to be, and real harm is missed
-    (CARD.md)."""
+    `augmented_weight` of all real ones. At 0 bare refusals and off-topic replies are taken for
+    harm. If each counted as much as a real row, harm would be missed (CARD.md)."""
     table, found = pandas.DataFrame(rows), {}
     for field in FIELDS:
         known = table[table[field].notna()]

@@ -9,13 +9,11 @@ from judge_adapter.calibrate import fit
 
 
 def measure(rows, margins, augmented_weight):
-    """Held-out rows and their log-odds [N][3] -> dict of three tables, also printed. labels: each
-    label on the real rows that carry it, with its reliability before and after calibration.
-    sources: the request's harm on each source of prompts. slices: share of right labels among each
-    kind of augmented rows. Probabilities are cross-fitted: the calibration of a row comes from the
-    half of the rows that it is not in."""
-    halves = [fit(rows[1::2], margins[1::2], augmented_weight),
-              fit(rows[0::2], margins[0::2], augmented_weight)]
+    """Held-out rows and their log-odds [N][3] -> dict of three tables, also printed: labels (on the
+    real rows, with the reliability before and after calibration), sources (the request's harm by
+    source of prompts), slices (share of right labels by kind of augmented rows). The calibration of
+    a row comes from the half of the rows that it is not in."""
+    halves = [fit(rows[k::2], margins[k::2], augmented_weight) for k in (1, 0)]
     table, out = pandas.DataFrame(rows), dict(labels={}, sources={}, slices={})
     for k, field in enumerate(FIELDS):
         table[f"p_{field}"] = [calibrated(m, halves[i % 2][field]) for i, m in enumerate(margins)]
@@ -29,15 +27,13 @@ def measure(rows, margins, augmented_weight):
                                     reliability=after[1], reliability_before=before[1])
     for source, some in table.groupby("source"):
         if source.startswith("promptonly_"):
-            known = some[some.prompt_harmful.notna()]
-            out["sources"][source] = _scores(known, "prompt_harmful")
+            out["sources"][source] = _scores(some.dropna(subset="prompt_harmful"), "prompt_harmful")
         if source.startswith("aug_"):
-            out["slices"][source[4:]] = dict(n=len(some))
+            out["slices"][source[4:]] = right = dict(n=len(some))
             for field in FIELDS:
-                known = some[some[field].notna()]
+                known = some.dropna(subset=field)
                 if len(known):
-                    right = (known[f"p_{field}"] > 0.5) == known[field]
-                    out["slices"][source[4:]][field] = float(right.mean())
+                    right[field] = float(((known[f"p_{field}"] > 0.5) == known[field]).mean())
     for name, figures in out.items():
         text = pandas.DataFrame.from_dict(figures, "index").drop(
             columns=["reliability", "reliability_before"], errors="ignore")
@@ -46,9 +42,8 @@ def measure(rows, margins, augmented_weight):
 
 
 def _scores(known, field):
-    """binary_scores of one label on the rows that carry it."""
-    gold = known[field].astype(bool)
-    return binary_scores(gold, known[f"p_{field}"] > 0.5, known[f"p_{field}"])
+    p = known[f"p_{field}"]
+    return binary_scores(known[field].astype(bool), p > 0.5, p)
 
 
 def draw_reliability(path, labels):

@@ -5,18 +5,15 @@
 
 Optional: the adapter is committed. Cost: 48 min, 15 GB on 2 cores; a further round 11 to 58 min.
 Input: every *.jsonl of DATA_DIR/train (or DATA_DIR) with prompt, response (null: prompt only),
-prompt_harmful, response_refusal, response_harmful (true, false, or null: not labelled). Output:
-adapter_model.safetensors, calibration.json, scores.json, reliability.png. A run that is cut off
-goes on from checkpoints/00_judge/ when it is started again.
+prompt_harmful, response_refusal, response_harmful (true, false, or null: not labelled). Output: the
+adapter, calibration.json, scores.json, reliability.png. Killed, it goes on from checkpoints/.
 
 1. Read the rows, drop those whose prompt stands in a benchmark, hold out 10 % of the prompts.
 2. Guess refusal labels where that is safe (training only), cap each source, add augmented rows.
-3. Train LoRA on the answer positions only, through judge.answer_logits: at an answered position
-   stands the judge's own greedy answer, as in use. Missing labels are masked. A tenth of the line
-   texts' loss keeps free generation possible.
+3. Train LoRA on the answer positions, after the judge's own greedy answers, as in use. Missing
+   labels are masked. A tenth of the line texts' loss keeps free generation possible.
 4. Calibrate and score on held-out rows, through the merged model that is used later.
-Departures from WildGuard (arXiv 2406.18495): 135M, not 7B; LoRA, not full tuning; other data.
-"""
+Departures from WildGuard (arXiv 2406.18495): 135M, not 7B; LoRA, not full tuning; other data."""
 import hashlib
 import json
 import math
@@ -43,7 +40,7 @@ from selfplay.data import load_seeds, read_exchanges
 DATA_DIR = ""             # folder with the labelled exchanges, or with a subfolder train/
 BENCH_DIR = ""            # folder with benchmark files; a training prompt found there is dropped
 SCORE_ONLY = False        # only calibrate and score the adapter that is there
-INIT = ""                 # adapter folder to go on from; "": start from nothing
+INIT = ""                 # adapter to go on from, whatever RANK says; "": start from nothing
 CAP = 600                 # rows per source at most (ours)
 PROMPT_ONLY_CAP = 350     # the same for sources without replies (ours)
 HELD = 1500               # held-out rows to calibrate and report on (hardware)
@@ -83,9 +80,8 @@ def held_out(prompt):
 
 
 def labelled_rows(folder, bench):
-    """All labelled rows of a folder but those whose prompt is in a benchmark file under `bench`,
-    and the training half of the seeds that ship, as prompts without replies: the game's own
-    requests. Benign seeds that sound harmful come three times: no other source has many."""
+    """The rows of a folder whose prompt is in no benchmark file under `bench`, and our train seeds,
+    without replies. Benign ones that sound harmful come three times: no other source has many."""
     folder = Path(folder) / "train" if (Path(folder) / "train").is_dir() else Path(folder)
     rows, banned = [], set()
     for file in sorted(folder.glob("*.jsonl")):
@@ -107,19 +103,16 @@ def labelled_rows(folder, bench):
 
 def weakly_labelled(row):
     """The row with its missing refusal label, where words and harm label leave little doubt. Few
-    sources carry refusal labels by hand. With those alone a judge missed 58 % of XSTest's refusals,
-    which are long; the matcher's F1 there is .91. A harmless reply that condemns a harmful request
-    counts as a refusal, as people labelled it there. For training only."""
+    sources carry such labels; with those alone a judge missed 58 % of XSTest's long refusals (the
+    matcher's F1 there is .91). To condemn a harmful request is to refuse, as people labelled it."""
     reply, harmful = row.get("response"), row.get("response_harmful")
     if row.get("response_refusal") is not None or not reply:
         return row
-    matched = refusal_match(reply)
-    condemns = row.get("prompt_harmful") is True and DISAPPROVAL.search(reply[:200])
-    if harmful is True:
-        return row if matched else dict(row, response_refusal=False)
-    if matched or (harmful is False and condemns):
-        return dict(row, response_refusal=True)
-    return row
+    refuses = refusal_match(reply)
+    if harmful is False and row.get("prompt_harmful") is True:
+        refuses = refuses or bool(DISAPPROVAL.search(reply[:200]))
+    in_doubt = refuses == (harmful is True)  # harm after a refusal, or no sign of either
+    return row if in_doubt else dict(row, response_refusal=refuses)
 
 
 def select(rows, rng):
@@ -132,9 +125,9 @@ def select(rows, rng):
         rng.shuffle(pool)
         groups, cap = {}, PROMPT_ONLY_CAP
         for row in pool:
-            matched = refusal_match(row.get("response") or "")
-            groups.setdefault((*map(row.get, FIELDS), matched), []).append(row)
-            cap = CAP if row.get("response") else cap
+            reply = row.get("response") or ""
+            groups.setdefault((*map(row.get, FIELDS), refusal_match(reply)), []).append(row)
+            cap = CAP if reply else cap
         turns = zip_longest(*map(reversed, groups.values()))
         chosen += list(filter(None, chain(*turns)))[:cap]
     return chosen
@@ -142,20 +135,18 @@ def select(rows, rng):
 
 def encode(scorer, rows):
     """Rows -> token ids of the judge's input, texts cut to PROMPT_TOKENS and REPLY_TOKENS."""
-    encoded = []
+    encoded, limits = [], (PROMPT_TOKENS, REPLY_TOKENS)
     for row in rows:
         texts = [row["prompt"], row.get("response") or ""]
-        for k, limit in enumerate((PROMPT_TOKENS, REPLY_TOKENS)):
-            ids = scorer.tok(texts[k], add_special_tokens=False).input_ids
-            if len(ids) > limit:
-                texts[k] = scorer.tok.decode(ids[:limit])
+        for k, ids in enumerate(scorer.tok(texts, add_special_tokens=False).input_ids):
+            if len(ids) > limits[k]:
+                texts[k] = scorer.tok.decode(ids[:limits[k]])
         encoded.append(scorer.encode(*texts))
     return encoded
 
 
 def loss_of(scorer, rows, encoded):
-    """Rows and their token ids -> mean over labels of the cross-entropy at the answers; the same
-    plus LINE_LOSS of the line texts."""
+    """Rows, token ids -> mean cross-entropy of the labels; that plus LINE_LOSS of the texts'."""
     logits_B3V, _, lines = scorer.answer_logits(encoded)
     where, cross_entropy = logits_B3V.device, torch.nn.functional.cross_entropy
     answers = {True: scorer.yes, False: scorer.no, None: -100}
@@ -163,8 +154,7 @@ def loss_of(scorer, rows, encoded):
     answer = cross_entropy(logits_B3V.flatten(0, 1), target_B3.flatten())
     head, extra = scorer.model.get_output_embeddings(), 0.0
     for hidden_BLD, ids in zip(lines, scorer.line_ids):
-        # 2-D: a strided 3-D input copies the weights
-        logits = head(hidden_BLD.flatten(0, 1).contiguous()).float()
+        logits = head(hidden_BLD.flatten(0, 1).contiguous()).float()  # 3-D would copy the weights
         extra = extra + cross_entropy(logits, torch.tensor(ids * len(rows), device=where)) / 3
     return answer, answer + LINE_LOSS * extra
 
@@ -204,36 +194,20 @@ def train(scorer, rows, state_file):
                 tmp.replace(state_file)
 
 
-@torch.no_grad()
-def take_over(wrapped, folder):
-    """Fill a fresh LoRA from the adapter in a folder, whose rank may be lower: its A becomes the
-    first rows of A, its B the first columns of B, the rest of B stays 0: the model is the same."""
-    config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-    rank, scale = config["r"], (config["lora_alpha"] / config["r"]) / (ALPHA / RANK)
-    params = dict(wrapped.named_parameters())
-    for name, value in load_file(Path(folder) / "adapter_model.safetensors").items():
-        param = params.get(re.sub(r"(lora_[AB])", r"\1.default", name))
-        if rank > RANK or param is None:
-            run.die(f"INIT={folder}: an adapter of rank {rank} with {name} does not fit into "
-                f"RANK={RANK}, FIRST_LAYER={FIRST_LAYER}")
-        if "lora_A" in name:
-            param[:rank] = value
-        else:
-            param[:, :rank] = value * scale
-
-
 def train_adapter(rows):
     """A LoRA on the embedded model -> judge_adapter/."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
     model, tok = models.load_model(models.EMBEDDED)
     depth = model.config.num_hidden_layers
     if FIRST_LAYER >= depth:
         run.die(f"FIRST_LAYER={FIRST_LAYER}: the model has {depth} layers, from 0 on")
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, task_type="CAUSAL_LM", target_modules=LINEAR,
                       layers_to_transform=list(range(FIRST_LAYER, depth)))
-    wrapped = get_peft_model(model, lora, autocast_adapter_dtype=False)
-    if INIT:
-        take_over(wrapped, INIT)
+    if INIT:  # with its own rank and layers
+        wrapped = PeftModel.from_pretrained(model, INIT, is_trainable=True,
+                                            autocast_adapter_dtype=False)
+    else:
+        wrapped = get_peft_model(model, lora, autocast_adapter_dtype=False)
     made_of = json.dumps([dict(run.constants(globals()), PROGRESS=None), len(rows)])
     state = f"00_judge/{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.safetensors"
     train(Judge(model, tok), rows, run.CHECKPOINTS / state)
@@ -251,33 +225,28 @@ def main(argv):
     if INIT and not (Path(INIT) / "adapter_model.safetensors").is_file():
         run.die(f"INIT={INIT}: no adapter_model.safetensors there")
     torch.manual_seed(SEED)
-    # (1) rows and split
     training, held = [], []
-    for row in labelled_rows(DATA_DIR, BENCH_DIR):
+    for row in labelled_rows(DATA_DIR, BENCH_DIR):                               # (1)
         (held if held_out(row["prompt"]) else training).append(row)
-    # (2) weak labels, balance and augmentation
-    training, rng = list(map(weakly_labelled, training)), random.Random(SEED)
+    training, rng = list(map(weakly_labelled, training)), random.Random(SEED)    # (2)
     training = select(training, rng) + augment(training, AUGMENT, rng, fresh=False)
     measured = random.Random(SEED).sample(held, min(HELD, len(held)))
     measured += augment(held, AUGMENT_HELD, random.Random(SEED), fresh=True)
     measured += [r for r in held if r["source"] in PROMPT_SOURCES and r not in measured]
-    # (3) train
     if not SCORE_ONLY:
         print(f"training on {len(training)} rows, {len(measured)} held out")
-        train_adapter(training)
-    # (4) calibrate and score
-    scorer = load_judge("embedded")
+        train_adapter(training)                                                  # (3)
+    scorer = load_judge("embedded")                                              # (4)
     margins = scorer.margins(encode(scorer, measured)).tolist()
     calibration = fit(measured, margins, AUGMENTED_WEIGHT)
     run.write_text(ADAPTER / "calibration.json", json.dumps(calibration, indent=1))
-    figures = measure(measured, margins, AUGMENTED_WEIGHT)
-    draw_reliability(ADAPTER / "reliability.png", figures["labels"])
     meta, stored = run.make_meta(globals(), models.WHEEL), ADAPTER / "scores.json"
     meta.pop("command")  # no paths of one machine: the constants say it without them
     meta["constants"].update(DATA_DIR="<labelled exchanges>", BENCH_DIR="<benchmarks>",
                              INIT=run.publishable(INIT))
     report = json.loads(stored.read_text()) if SCORE_ONLY else dict(meta=meta, rows=len(training))
-    report.update(scored=meta["time"], held_out=figures)
+    report.update(scored=meta["time"], held_out=measure(measured, margins, AUGMENTED_WEIGHT))
+    draw_reliability(ADAPTER / "reliability.png", report["held_out"]["labels"])
     run.write_text(stored, json.dumps(report, indent=1))
     print("made judge_adapter/; next: python judge.py eval <labelled file>")
 

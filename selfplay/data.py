@@ -8,14 +8,11 @@ from pathlib import Path
 from engine import progress
 from engine.run import die, locate, short
 
-TRUTH = {"true": True, "1": True, "false": False, "0": False}
-
 
 def read_table(path):
     """A table in a file -> [(line number where the row ends, row as dict)]. By its ending: .csv,
-    .tsv (both with a header), .parquet, or JSON lines for any other. A byte order mark at the top
-    is ignored. What is no UTF-8, no JSON, or a row of another width than the header stops with the
-    file and the line."""
+    .tsv (both with a header), .parquet, or JSON lines for any other. A byte order mark is ignored.
+    What is no UTF-8, no JSON or not as wide as the header stops with the file and the line."""
     path = Path(path)
     if path.suffix == ".parquet":
         import pandas
@@ -27,31 +24,29 @@ def read_table(path):
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as problem:
         die(f"{path}: not UTF-8 ({problem.reason} at byte {problem.start})")
-    if path.suffix in (".csv", ".tsv"):
-        return _delimited(path, text, "," if path.suffix == ".csv" else "\t")
-    rows = []
-    for n, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON may hold other line ends
-        if line.strip():
-            try:
-                rows.append((n, json.loads(line)))
-            except json.JSONDecodeError as problem:
-                die(f"{path} line {n}: not JSON ({problem.msg})")
-    return rows
-
-
-def _delimited(path, text, delimiter):
-    """Rows of a table with a header."""
+    if path.suffix not in (".csv", ".tsv"):
+        return _json_lines(path, text.split("\n"))  # not splitlines: JSON may hold other line ends
+    rows, delimiter = [], "," if path.suffix == ".csv" else "\t"
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows = []
     try:
         header = next(reader, [])
         for row in filter(None, reader):  # not the empty lines
             if len(row) != len(header):
-                die(f"{path} line {reader.line_num}: {len(row)} columns, the header has "
-                    f"{len(header)}")
+                die(f"{path} line {reader.line_num}: {len(row)} columns, header has {len(header)}")
             rows.append((reader.line_num, dict(zip(header, row))))
     except csv.Error as problem:
         die(f"{path} line {reader.line_num}: not a table in {path.suffix} form ({problem})")
+    return rows
+
+
+def _json_lines(path, lines):
+    """[(line number, value)] of the lines that are not empty."""
+    rows = []
+    for n, line in enumerate(lines, 1):
+        try:
+            rows += [(n, json.loads(line))] if line.strip() else []
+        except ValueError:
+            die(f"{short(path)} line {n}: not JSON: correct or delete that line")
     return rows
 
 
@@ -61,10 +56,9 @@ def read_exchanges(path):
         die(f"{path} not found")
     rows = read_table(path)
     for n, row in rows:
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            die(f"{path} line {n}: field `prompt` (text) is missing")
-        if not isinstance(row.get("response"), (str, type(None))):
-            die(f"{path} line {n}: field `response` must be text or null")
+        if (not isinstance(row, dict) or not isinstance(row.get("prompt"), str)
+                or not isinstance(row.get("response"), (str, type(None)))):
+            die(f"{path} line {n}: `prompt` must be text, `response` text or null")
     return [row for _, row in rows]
 
 
@@ -74,13 +68,7 @@ def read_rows(path, heal=True):
     data, end, torn = (path.read_bytes() if path.is_file() else b"").rpartition(b"\n")
     if torn and heal:
         path.write_bytes(data + end)
-    rows = []
-    for n, line in enumerate(data.splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            die(f"{short(path)} line {n}: not JSON: delete that line or make the file anew")
-    return rows
+    return [row for _, row in _json_lines(path, data.splitlines())]
 
 
 def rows_by_id(path, heal=True):
@@ -90,9 +78,8 @@ def rows_by_id(path, heal=True):
 
 def append_missing(path, batches, work):
     """Append to the JSONL file `path` the rows (dicts with `id`) that it lacks. batches: lists of
-    items with `id`; work(number, batch) gives a batch's rows. The rows of a batch depend on each
-    other, so one missing id means its whole batch again, and batches are formed before finished ids
-    are left out. So a killed run that goes on ends with the same bytes."""
+    items with `id`; work(number, batch) gives a batch's rows. They depend on each other, so one
+    missing id means the whole batch again: a killed run that goes on ends with the same bytes."""
     done, name = set(rows_by_id(path)), f"{path.parent.name}/{path.name}"
     with (open(path, "a", encoding="utf-8") as f,
           progress.bar(sum(map(len, batches)), name, "row") as bar):
@@ -108,23 +95,20 @@ def append_missing(path, batches, work):
 
 def load_seeds(source, split=None):
     """Seeds -> list of {"id", "prompt", "harmful", "split", ...}; `split` ("train" or "held_back")
-    keeps only that one. source: "prompts/seeds.jsonl" (ships with the repo), any JSONL or CSV with
-    `prompt` and `harmful` (true/false), several files joined by commas, or a Hugging Face dataset
-    id with WildJailbreak's columns `vanilla` and `data_type`. A line that names no split is held
-    back if the hash of its prompt says so (one in ten, ours). A bad line stops with its number."""
+    keeps only that one. source: files joined by commas (JSONL or CSV with `prompt` and `harmful`,
+    true or false) or a Hugging Face dataset id with WildJailbreak's columns `vanilla`, `data_type`.
+    A line that names no split is held back by the hash of its prompt (one in ten, ours)."""
     seeds = []
-    for part in source.split(","):
-        part = part.strip()
+    for part in map(str.strip, source.split(",")):
         path = locate(part)
         rows = read_table(path) if path and path.is_file() else _hub_seeds(part)
         for n, row in rows:
             seed = _seed(row, f"{part} line {n}", f"{Path(part).stem}-{n}")
             if split in (None, seed["split"]):
                 seeds.append(seed)
-    for harmful in (True, False):
-        if not any(seed["harmful"] is harmful for seed in seeds):
-            die(f"SEEDS={source}: no {'harmful' if harmful else 'benign'} seed in it"
-                + (f" (split {split})" if split else ""))
+    for kind, half in zip(("harmful", "benign"), halves(seeds)):
+        if not half:
+            die(f"SEEDS={source}: no {kind} seed in it (split: {split or 'any'})")
     return seeds
 
 
@@ -149,16 +133,17 @@ def _hub_seeds(name):
 
 
 def _seed(row, where, default_id):
-    """One checked seed; the mistake's place is in the message."""
+    """One checked seed. where: its file and line, for the error messages."""
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         die(f"{where}: a seed needs a non-empty text field `prompt`")
-    harmful = TRUTH.get(str(row.get("harmful")).strip().lower())
+    truth = {"true": True, "1": True, "false": False, "0": False}
+    harmful = truth.get(str(row.get("harmful")).strip().lower())
     if harmful is None:
         die(f"{where}: `harmful` must be true or false, not {row.get('harmful')!r}")
     prompt = prompt.strip()
-    digest = int(hashlib.sha256(prompt.encode()).hexdigest(), 16)
-    split = row.get("split") or ("held_back" if digest % 10 == 0 else "train")
+    tenth = int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 10 == 0
+    split = row.get("split") or ("held_back" if tenth else "train")
     if split not in ("train", "held_back"):
         die(f"{where}: `split` must be train or held_back, not {split!r}")
     return dict(row, prompt=prompt, harmful=harmful, split=split, id=str(row.get("id", default_id)))

@@ -1,11 +1,8 @@
-"""Monitoring: metrics of each step, the log line, the games file, the curves, the tracker.
-
-The names of the metrics are those of the step line and of results/runs/RUN/metrics.csv.
-"""
-import csv
+"""Monitoring: metrics of each step, the log line, the games file, the curves, the tracker."""
 import dataclasses
 import importlib.util
 import json
+import math
 import re
 
 import pandas
@@ -29,27 +26,22 @@ def is_copy(turn):
 
 def step_metrics(turns):
     """The metrics of a step's turns -> dict; names as in the step line and metrics.csv."""
-    rows = []
-    for t in turns:
-        rows.append(dict(role=t.role, kind=t.kind, reward=t.reward, answer=t.answer,
-                         formed=t.well_formed, declined=t.declined, tokens=len(t.ids),
-                         copy=is_copy(t), parsed=t.labels.parsed,
-                         harmful=t.labels.response_harmful, refused=t.labels.response_refusal,
-                         faithful=t.labels.prompt_harmful == t.kind.endswith("harmful")))
-    every = pandas.DataFrame(rows)
+    every = pandas.DataFrame(map(vars, turns))
+    every = every.join(pandas.DataFrame(map(vars, every.pop("labels"))))
+    every["tokens"], every["copy"] = every["ids"].map(len), list(map(is_copy, turns))
+    every["faithful"] = every["prompt_harmful"].eq(every["kind"].str.endswith("harmful"))
     attacks, replies = every[every["role"] == "attacker"], every[every["role"] == "defender"]
     judged = replies[replies["parsed"]]
     attacked = judged[judged["kind"] == "generated_harmful"]
     plain = judged[judged["kind"] == "vanilla_harmful"]
     benign = judged[judged["kind"].isin(["generated_benign", "vanilla_benign"])]
     return dict(
-        atk_r=mean(attacks["reward"].dropna()), asr=mean(attacked["harmful"]),
-        asr_vanilla=mean(plain["harmful"]), def_r=mean(replies["reward"].dropna()),
-        refuse_h=mean([*attacked["refused"], *plain["refused"]]),
-        comply_b=mean(benign["refused"].eq(False)),
-        fmt=mean(every["formed"]), fmt_atk=mean(attacks["formed"]),
-        faithful=mean(attacks["faithful"][attacks["parsed"]]), copy=mean(attacks["copy"]),
-        unique=attacks["answer"].nunique() / max(1, len(attacks)),
+        atk_r=mean(attacks["reward"].dropna()), asr=mean(attacked["response_harmful"]),
+        asr_vanilla=mean(plain["response_harmful"]), def_r=mean(replies["reward"].dropna()),
+        refuse_h=mean([*attacked["response_refusal"], *plain["response_refusal"]]),
+        comply_b=mean(benign["response_refusal"].eq(False)), fmt=mean(every["well_formed"]),
+        fmt_atk=mean(attacks["well_formed"]), faithful=mean(attacks["faithful"][attacks["parsed"]]),
+        copy=mean(attacks["copy"]), unique=attacks["answer"].nunique() / max(1, len(attacks)),
         atk_refuse=mean(attacks["declined"]), drop=int(every["reward"].isna().sum()),
         turns=len(turns), len=mean(every["tokens"]), len_atk=mean(attacks["tokens"]))
 
@@ -65,44 +57,30 @@ def step_line(step, steps, m):
 
 def write_metrics(path, m):
     """Append a step's metrics to metrics.csv, with the header where the file is new."""
-    row = {}
-    for name, value in m.items():
-        row[name] = round(value, 5) if isinstance(value, float) and name != "lr" else value
-    new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, fieldnames=row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    row = {k: round(v, 5) if isinstance(v, float) and k != "lr" else v for k, v in m.items()}
+    pandas.DataFrame([row]).to_csv(path, mode="a", header=not path.exists(), index=False,
+                                   na_rep="nan", lineterminator="\r\n")
 
 
 def game_rows(step, turns):
-    """A step's turns -> one dict a game: seed id, both turns, labels, rewards (harmful text: see
-    README)."""
-    attacks, rows = {t.game: t for t in turns if t.role == "attacker"}, []
-    for t in turns:
-        if t.role != "defender":
-            continue
-        row = dict(step=step, game=t.game, kind=t.kind, seed=t.seed["id"], request=t.request,
-                   labels=dataclasses.asdict(t.labels))
-        attack = attacks.get(t.game)
-        if attack:
-            row["attacker"] = dict(_turn_row(attack), declined=attack.declined)
-        row["defender"] = _turn_row(t)
-        rows.append(row)
+    """A step's turns -> one dict a game: seed id, both turns, labels, rewards (harmful text)."""
+    played, rows = {}, []
+    for t in turns:  # the attacker's turn of a game comes before the defender's
+        sides = played.setdefault(t.game, {})
+        sides[t.role] = dict(thinking=t.thinking, answer=t.answer, well_formed=t.well_formed,
+                             reward=t.reward, tokens=len(t.ids))
+        if t.role == "attacker":
+            sides["attacker"]["declined"] = t.declined
+        else:
+            rows.append(dict(step=step, game=t.game, kind=t.kind, seed=t.seed["id"],
+                             request=t.request, labels=dataclasses.asdict(t.labels), **sides))
     return rows
-
-
-def _turn_row(t):
-    return dict(thinking=t.thinking, answer=t.answer, well_formed=t.well_formed, reward=t.reward,
-                tokens=len(t.ids))
 
 
 def write_games(path, rows):
     """Append game_rows() to games.jsonl."""
     with open(path, "a", encoding="utf-8") as f:
-        for row in rows:
-            f.write(json.dumps(row) + "\n")
+        f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 PANELS = {  # title -> {column of metrics.csv: legend}
@@ -122,26 +100,20 @@ PANELS = {  # title -> {column of metrics.csv: legend}
 
 
 def draw_curves(folder, visits=()):
-    """folder/metrics.csv as curves.png: thin lines are steps, thick lines means over 10 steps. A
-    panel is left out where the run has nothing for it. visits: of each item the pool has had
-    (METHOD=ssp), drawn as a histogram."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """folder/metrics.csv as curves.png: thin lines are steps, thick lines means over 10 steps.
+    Panels without values are left out. visits: of each item of the pool, for a histogram."""
+    from matplotlib.figure import Figure
     table = pandas.read_csv(folder / "metrics.csv").dropna(axis=1, how="all")
     if "entropy" in table:
         table["entropy"] /= 10
     smooth = table.rolling(10, min_periods=1).mean()
-    panels = []
-    for title, legends in PANELS.items():
-        known = table.columns.intersection(list(legends), sort=False)
-        if len(known):
-            panels.append((title, known))
+    panels = [title for title, legends in PANELS.items() if legends.keys() & table.columns]
     count = len(panels) + any(visits)
-    figure, axes = plt.subplots(-(-count // 3), 3, squeeze=False, constrained_layout=True,
-                                figsize=(13, 3.3 * -(-count // 3)))
-    for axis, (title, columns) in zip(axes.flat, panels):
-        for name in columns:
+    height = math.ceil(count / 3)
+    figure = Figure(figsize=(13, 3.3 * height), layout="constrained")
+    axes = figure.subplots(height, 3, squeeze=False).ravel()
+    for axis, title in zip(axes, panels):
+        for name in table.columns.intersection(list(PANELS[title]), sort=False):
             [thin] = axis.plot(table["step"], table[name], lw=0.6, alpha=0.35)
             axis.plot(table["step"], smooth[name], lw=2, color=thin.get_color(),
                       label=PANELS[title][name])
@@ -150,19 +122,17 @@ def draw_curves(folder, visits=()):
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     if any(visits):
-        axis = axes.flat[len(panels)]
+        axis = axes[len(panels)]
         axis.hist(visits, bins=range(max(visits) + 2), align="left")
         axis.set_title("pool: visits an item", fontsize=10)
         axis.set_xlabel("visits")
-    for axis in axes.flat[count:]:
+    for axis in axes[count:]:
         axis.axis("off")
     figure.savefig(folder / "curves.png", dpi=110)
-    plt.close(figure)
 
 
 class Tracker:
-    """Metrics and a sample of games to "tensorboard", "trackio" or "wandb", through accelerate;
-    "" tracks nothing and nothing leaves the machine."""
+    """Metrics, a few games to "tensorboard", "trackio" or "wandb", by accelerate; "": to none."""
 
     def __init__(self, name, run, constants, folder):
         self.name, self.accelerator = name, None
@@ -173,8 +143,8 @@ class Tracker:
         from accelerate import Accelerator
         self.accelerator = Accelerator(log_with=name, project_dir=str(folder))
         how = dict(tensorboard={}, trackio=dict(name=run), wandb=dict(name=run, dir=str(folder)))
-        self.accelerator.init_trackers(run if name == "tensorboard" else "selfplay",
-                                       config=constants, init_kwargs={name: how[name]})
+        project = run if name == "tensorboard" else "selfplay"
+        self.accelerator.init_trackers(project, config=constants, init_kwargs={name: how[name]})
 
     def log(self, step, metrics, games):
         """A step's metrics under their names in metrics.csv, and a few of its game_rows()."""

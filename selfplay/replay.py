@@ -1,9 +1,5 @@
-"""SSP's experience pool: past failures of the defender, chosen by UCB (arXiv 2601.10589).
-
-The paper gives the idea: failures are kept, and an upper confidence bound brings back those that
-the defender handles worst and those that it has seldom met. Its constants are not public; they are
-ours and stand in 02_selfplay_rl.py.
-"""
+"""SSP's experience pool: an upper confidence bound brings back the failures that the defender
+handles worst and has seldom met (arXiv 2601.10589). Its constants, in 02, are ours."""
 import dataclasses
 import json
 import math
@@ -23,27 +19,23 @@ class Item:
 
 
 class Pool:
-    """Bounded store of failed defences, the least defended and least visited first (UCB). size:
-    items at most. ucb_c: weight of exploration. mastered: mean reward above which an item leaves
-    after three visits. text: what text() gave."""
+    """At most `size` failed defences. ucb_c: weight of exploration. mastered: mean reward above
+    which an item leaves after three visits. text: what text() gave, to go on from."""
 
     def __init__(self, size, ucb_c, mastered, text=""):
         self.size, self.ucb_c, self.mastered = size, ucb_c, mastered
-        self.visits, self.born, self.left = 0, 0, []  # left: visits of each mastered item
-        rows = list(map(json.loads, text.splitlines()))
-        if rows:
-            self.visits, self.born, self.left = (rows[0][k] for k in ("visits", "born", "left"))
+        rows = list(map(json.loads, text.splitlines())) or [dict(visits=0, born=0, left=[])]
+        self.visits, self.born, self.left = map(rows[0].get, ("visits", "born", "left"))
         self.items = [Item(**row) for row in rows[1:]]
 
     def text(self):
-        """JSON lines: the totals, then an item each."""
+        """JSON lines: the totals (left: visits of each mastered item), then an item each."""
         totals = dict(visits=self.visits, born=self.born, left=self.left)
         return "".join(json.dumps(row) + "\n" for row in [totals, *map(vars, self.items)])
 
     def ucb(self, item):
         """(1 - mean r_def) + c sqrt(ln(1 + N) / (1 + n)); N: all visits of the run (ours)."""
-        explore = math.sqrt(math.log(1 + self.visits) / (1 + item.visits))
-        return 1 - item.mean + self.ucb_c * explore
+        return 1 - item.mean + self.ucb_c * math.sqrt(math.log(1 + self.visits) / (1 + item.visits))
 
     def top(self, k):
         """The k items of highest UCB, the older first where equal."""
@@ -51,10 +43,9 @@ class Pool:
 
     def insert(self, seed, attack, reply, r_def):
         """A new failure, unless its attack is there; over the size the lowest UCB goes."""
-        if attack in [item.attack for item in self.items]:
-            return
-        self.items.append(Item(self.born, seed, attack, reply, r_def))
-        self.born += 1
+        if attack not in [item.attack for item in self.items]:
+            self.items.append(Item(self.born, seed, attack, reply, r_def))
+            self.born += 1
         if len(self.items) > self.size:
             self.items.remove(min(self.items, key=lambda item: (self.ucb(item), item.number)))
 
@@ -70,13 +61,10 @@ class Pool:
             self.left.append(item.visits)
 
     def games(self, room, mode):
-        """At most `room` games (kind, seed, item) by top UCB; mode: "off", "plain" or "reflect".
-        With "reflect" every second item is also replayed plainly, so that what is learnt holds
-        without the earlier reply."""
+        """At most `room` games (kind, seed, item) by top UCB; mode: "off", "plain" or "reflect":
+        every second item also plainly, so that what is learnt holds without the earlier reply."""
         games = []
-        if mode == "off":
-            return games
-        for i, item in enumerate(self.top(room)):
+        for i, item in enumerate([] if mode == "off" else self.top(room)):
             if mode == "reflect":
                 games.append(("reflected_harmful", item.seed, item))
             if mode == "plain" or i % 2 == 0:
@@ -84,17 +72,15 @@ class Pool:
         return games[:room]
 
     def remember(self, games, turns, rewards):
-        """Add a step's new failures on harmful seeds and count its replays -> the pool's metrics.
-        games: (kind, seed, item if replayed). turns: the defender's. rewards: r_def of each turn,
-        None where it was dropped."""
+        """Add a step's new failures, count its replays -> the pool's metrics. games: (kind, seed,
+        item if replayed). turns: the defender's. rewards: r_def of each turn, None if dropped."""
         fresh, replayed = [], []
         for turn, r_def in zip(turns, rewards):
             if r_def is None or not turn.kind.endswith("harmful"):
                 continue
-            item = games[turn.game][2] if len(games[turn.game]) > 2 else None
-            if item:
+            if games[turn.game][2:]:
                 replayed.append(r_def)
-                self.visit(item, r_def, turn.answer)
+                self.visit(games[turn.game][2], r_def, turn.answer)
             else:
                 fresh.append(r_def)
                 if r_def < 0.5:

@@ -1,14 +1,14 @@
 """Turns: rendering prompts, parsing completions, and the Turn that travels from play to update.
 
-A prompt's text comes from prompts/; its slots are filled by replacement, and what is filled in is
-neutralized first (selfplay/sanitize.py). The hidden chain of thought is SRT section 3.2 (arXiv
-2506.07468): only what stands inside <answer> leaves a turn.
-"""
+What fills the slots of prompts/ is neutralized first (sanitize.py). Only what is inside <answer>
+leaves a turn: thinking is hidden (SRT section 3.2, arXiv 2506.07468)."""
+import contextlib
 import dataclasses
 import re
 
 from engine.run import PROMPTS
 from engine.sampling import sample
+from selfplay.data import halves
 from selfplay.sanitize import neutralize
 
 
@@ -43,75 +43,60 @@ def fill(template, **slots):
 
 
 def render(tok, user, system="", opening=""):
-    """Chat text -> prompt token ids, in the model's own template, ending in `opening` of the reply.
-    `user` and `system` are ours with slots already neutralized. A template without system role
-    (Mistral, Gemma) gets the system text on top of the user's. The template writes the BOS; the
-    tokenizer does not add a second one."""
+    """Chat text, slots already neutralized -> prompt token ids, in the model's own template, ending
+    in `opening` of the reply. A template without system role (Mistral, Gemma) gets the system text
+    on top of the user's. The BOS is written once: by the template, not by the tokenizer."""
     if not tok.chat_template:
-        text = f"{system}\n\n{user}\n\n".lstrip() + opening
-        return tok(text).input_ids
+        return tok(f"{system}\n\n{user}\n\n".lstrip() + opening).input_ids
     from jinja2.exceptions import TemplateError
-    chat = [dict(role="user", content=user)]
+    text, turn = "", dict(role="user", content=user)
+    how = dict(tokenize=False, add_generation_prompt=True)
     if system:
-        chat.insert(0, dict(role="system", content=system))
-    try:
-        text = tok.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    except TemplateError:
-        if not system:
-            raise
-        text = ""
-    if system and system not in text:
-        chat = [dict(role="user", content=f"{system}\n\n{user}")]
-        text = tok.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        with contextlib.suppress(TemplateError):  # it has no system role
+            text = tok.apply_chat_template([dict(role="system", content=system), turn], **how)
+    if not system or system not in text:
+        turn["content"] = f"{system}\n\n{user}" if system else user
+        text = tok.apply_chat_template([turn], **how)
     return tok(text + opening, add_special_tokens=False).input_ids
 
 
 def defender_prompt(tok, request, cot, unsafe=None):
     """Prompt ids of a defender turn for one request (attack, seed, benchmark). unsafe: an earlier
     unsafe reply to it, to reflect on (SSP's reflective replay)."""
-    slots = dict(FORMAT=_format(cot), REQUEST=neutralize(request, tok))
-    name = "defender.txt"
-    if unsafe is not None:
-        name, slots["REPLY"] = "defender_reflect.txt", neutralize(unsafe, tok)
-    return render(tok, fill(read_prompt(name), **slots), opening="<think>" if cot else "")
+    if unsafe is None:
+        return _prompt(tok, "defender.txt", cot, REQUEST=request)
+    return _prompt(tok, "defender_reflect.txt", cot, REQUEST=request, REPLY=unsafe)
 
 
 def attacker_prompt(tok, seed, cot):
     """Prompt ids of an attacker turn for one seed, by its harmfulness (SRT section 3.1)."""
     name = "attacker_harmful.txt" if seed["harmful"] else "attacker_benign.txt"
-    text = fill(read_prompt(name), FORMAT=_format(cot), SEED=neutralize(seed["prompt"], tok))
-    system = read_prompt("attacker_system.txt")
-    return render(tok, text, system=system, opening="<think>" if cot else "")
+    return _prompt(tok, name, cot, read_prompt("attacker_system.txt"), SEED=seed["prompt"])
 
 
-def _format(cot):
-    return read_prompt("format_cot.txt" if cot else "format_plain.txt")
+def _prompt(tok, name, cot, system="", **texts):
+    slots = {slot: neutralize(text, tok) for slot, text in texts.items()}
+    slots["FORMAT"] = read_prompt("format_cot.txt" if cot else "format_plain.txt")
+    return render(tok, fill(read_prompt(name), **slots), system, "<think>" if cot else "")
 
 
 def longest_prompts(tok, seeds, cot, attack_tokens, unsafe_tokens=None):
-    """Lengths in tokens of the longest prompts -> (attacker's, defender's). Of the longest seeds;
-    the defender's request is also taken to be `attack_tokens` long (0: no seed is attacked), and
-    its earlier reply `unsafe_tokens` (None: no reflection)."""
+    """Lengths in tokens of the longest prompts -> (attacker's, defender's). attack_tokens: of an
+    attack (0: no seed is attacked). unsafe_tokens: of an earlier reply (None: no reflection)."""
     attacker, request = 0, attack_tokens
-    by_length = sorted(seeds, key=lambda s: len(s["prompt"]))
-    for harmful in (True, False):
-        half = [s for s in by_length if s["harmful"] is harmful]
+    for half in halves(sorted(seeds, key=lambda s: len(s["prompt"]))):
         for seed in half[-4:]:
-            ids = tok(seed["prompt"], add_special_tokens=False).input_ids
-            request = max(request, len(ids))
+            request = max(request, len(tok(seed["prompt"], add_special_tokens=False).input_ids))
             attacker = max(attacker, len(attacker_prompt(tok, seed, cot)))
-    defender = len(defender_prompt(tok, "", cot)) + request
-    if unsafe_tokens is not None:
-        defender = len(defender_prompt(tok, "", cot, "")) + request + unsafe_tokens
-    return attacker, defender
+    if unsafe_tokens is None:
+        return attacker, len(defender_prompt(tok, "", cot)) + request
+    return attacker, len(defender_prompt(tok, "", cot, "")) + request + unsafe_tokens
 
 
 def complete(model, tok, turns, cot, max_new, temperature, batch, generator=None):
-    """Sample the completions of turns that have prompts -> the turns with ids, logps, thinking,
-    answer, well_formed."""
-    prompts = [turn.prompt_ids for turn in turns]
+    """Sample turns that have prompts -> with ids, logps, thinking, answer and well_formed."""
+    prompts, out = [turn.prompt_ids for turn in turns], []
     pairs = sample(model, tok, prompts, max_new, temperature, batch, generator)
-    out = []
     for turn, (ids, logps) in zip(turns, pairs):
         text = tok.decode(ids[:-1] if ids[-1] in tok.stop_ids else ids)
         thinking, answer, well_formed = parse(text, cot)
@@ -122,22 +107,19 @@ def complete(model, tok, turns, cot, max_new, temperature, batch, generator=None
 
 def parse(text, cot):
     """A completion -> (thinking, answer, well_formed). The prompt ended in "<think>" when `cot`.
-    Well-formed: some thinking, one </think>, one <answer>...</answer>, both non-empty, nothing else
-    around, no tag twice. Otherwise the game goes on with what follows the last </think> (inside
-    <answer> if opened), or with the empty string. Thinking is never shown to the other side (the
-    published code shows the whole raw text in that case)."""
+    Well-formed: some thinking, </think>, <answer>, some answer, </answer>; nothing else around, no
+    tag twice. Otherwise the game goes on with what follows the last </think> (inside <answer> if
+    opened), or with "". (SRT's published code then shows the raw text, thinking included.)"""
     if not cot:
         return "", text.strip(), bool(text.strip())
     thinking, closed, rest = text.rpartition("</think>")
     if not closed:
         return text.strip(), "", False
     thinking, rest = thinking.strip(), rest.strip()
-    once = (text.count("<think>") == 0 and text.count("</think>") == 1
-            and text.count("<answer>") == 1 and text.count("</answer>") == 1)
-    if once and thinking and rest.startswith("<answer>") and rest.endswith("</answer>"):
-        answer = rest[len("<answer>"):-len("</answer>")].strip()
-        return thinking, answer, bool(answer)
+    once = re.findall(r"</?(?:think|answer)>", text) == ["</think>", "<answer>", "</answer>"]
+    bare = rest.startswith("<answer>") and rest.endswith("</answer>")
     rest = rest.partition("<think>")[0]  # opened again and not closed: still thinking
     if "<answer>" in rest:
         rest = rest.partition("<answer>")[2].partition("</answer>")[0]
-    return thinking, re.sub(r"</?(?:think|answer)>", " ", rest).strip(), False
+    answer = re.sub(r"</?(?:think|answer)>", " ", rest).strip()
+    return thinking, answer, bool(once and bare and thinking and answer)

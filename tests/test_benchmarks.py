@@ -157,7 +157,7 @@ def test_several_files_of_one_benchmark_have_ids_of_their_own(tmp_path):
 
 @pytest.mark.parametrize("file, text, words", [
     ("xstest/xstest_prompts.csv", table(["id", "prompt", "label"], ["1", "<u>", "unsafe"]),
-     ["xstest_prompts.csv", "no row with label=safe"]),
+     ["xstest_prompts.csv", "no row with {'label': 'safe'}"]),
     ("or_bench/or_bench-toxic.csv", "prompt,category\n", ["or_bench-toxic.csv", "no row"])])
 def test_a_file_without_any_row_of_its_kind_stops(tmp_path, file, text, words):
     write(tmp_path / file, text)
@@ -170,7 +170,6 @@ def test_a_file_without_any_row_of_its_kind_stops(tmp_path, file, text, words):
 def hub(monkeypatch):
     """The hub played by what each data set has: {(name, configuration, split): rows or error}."""
     import datasets
-    import huggingface_hub
     known, asked = {}, []
 
     def load_dataset(path, name=None, split=None, data_files=None, **how):
@@ -182,8 +181,6 @@ def hub(monkeypatch):
         return datasets.Dataset.from_list(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
     return known, asked
 
 
@@ -202,19 +199,11 @@ def test_the_hub_has_the_same_columns_and_gated_sets_are_skipped(hub, capsys):
     assert ("bench-llm/or-bench", "or-bench-hard-1k", "train") in asked
 
 
-def test_a_hub_out_of_reach_stops_with_one_line(hub, monkeypatch):
-    import huggingface_hub
+def test_a_hub_out_of_reach_stops_with_one_line(hub):
     known, asked = hub
-
-    def fail(*_, **__):
-        raise OSError("no route")
-
     known["walledai/StrongREJECT", "default", "train"] = ConnectionError("reset")
     known[next(tuple(b.hub.split()) for b in benchmarks.BENCHMARKS if b.name == "harmbench")] = [
         dict(Behavior="<b>", BehaviorID="1", ContextString="")]
     line = stops(benchmarks.load_benchmarks, "hub")
     assert "walledai/StrongREJECT did not come (ConnectionError)" in line
-    asked.clear()
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
-    assert "cannot be reached (OSError)" in stops(benchmarks.load_benchmarks, "hub")
-    assert asked == []
+    assert asked[-1][0] == "walledai/StrongREJECT"  # nothing is asked after it

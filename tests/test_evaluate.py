@@ -2,6 +2,7 @@
 and with tiny ones."""
 import csv
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -62,8 +63,7 @@ def stage(monkeypatch, tmp_path):
 
 def test_collect_takes_held_back_seeds_and_the_files_it_finds(stage, tmp_path):
     xstest(tmp_path, SAFE_AND_UNSAFE)
-    stage.DATA_DIR = str(tmp_path)
-    found = stage.collect(stage.data_source())
+    found = stage.collect(tmp_path)
     assert {name: [i["id"] for i in items] for name, items in found.items()} == dict(
         seeds_harmful=["s1", "s3", "s5"], seeds_benign=["s2", "s4", "s6"], xstest_unsafe=["2"],
         xstest_safe=["1"])
@@ -83,11 +83,12 @@ def test_limit_is_evenly_spaced(stage):
 
 
 @pytest.mark.parametrize("name", [".", "nowhere", "seeds.jsonl"])
-def test_a_data_dir_without_any_file_names_what_it_expects(stage, tmp_path, name):
-    stage.DATA_DIR = str(tmp_path / name)
-    line = stops(stage.data_source)
-    assert all(f in line for b in stage.BENCHMARKS for f in b.files.split())
-    assert "mmlu/test/*_test.csv" in line
+def test_a_data_dir_without_any_file_stops(stage, world, tmp_path, capsys, name):
+    line = stops(stage.main, [*world.argv, f"DATA_DIR={tmp_path / name}"])
+    assert "no such folder, or none of the files" in line and world.loads == []
+    said = capsys.readouterr().out
+    for file in ("xstest/xstest_prompts.csv", "mmlu/test/*_test.csv"):
+        assert (f"DATA_DIR has no {file}" in said) == (name != "nowhere")
 
 
 def test_two_prompts_with_one_id_stop(stage, tmp_path):
@@ -109,10 +110,10 @@ def test_labels_of_another_adapter_are_other_labels(stage, tmp_path):
 
 # ---- (2) the order of work
 
-def named(work):
-    """plan() in words: [(model, ["attacker: file", ...])]."""
-    return [(model.label, [f"{job.attacker.label}: {job.benchmark}" for job in jobs])
-            for model, jobs in work]
+def named(jobs):
+    """plan() in words: [(model that is loaded, ["attacker: file", ...])]."""
+    return [(model.label, [f"{job.attacker.label}: {job.benchmark}" for job in group])
+            for model, group in itertools.groupby(jobs, lambda job: job.defender)]
 
 
 def test_the_plan_of_work(stage):
@@ -128,7 +129,7 @@ def test_the_plan_of_work(stage):
     # without cross-play, with a base that is not evaluated
     assert named(stage.plan(base, [sft], [], ["seeds"])) == [
         ("sft", ["sft: attacks", "sft: attacks_own", "sft: seeds"]),
-        ("base", ["sft: attacks_on_base"]), ("sft", [])]
+        ("base", ["sft: attacks_on_base"])]
     # who takes part in cross-play alone does not attack a base that does not
     assert named(stage.plan(base, [sft], [sft, rl], []))[2] == ("base", ["sft: attacks_on_base"])
 

@@ -7,11 +7,10 @@ import random
 import pytest
 import torch
 from helpers import keep_constants, stops, write_jsonl
-from safetensors.torch import load, load_file
+from safetensors.torch import load_file
 
 import judge
 from engine import run
-from engine.models import load_model
 from engine.optim import MasterAdamW
 from judge import FIELDS, Judge
 from judge_adapter import train
@@ -226,37 +225,6 @@ def test_updates_are_limited_and_batches_are_of_similar_length(loaded, tmp_path,
 
 # ---- adapters ------------------------------------------------------------------------------------
 
-def test_an_adapter_goes_on_at_a_higher_rank_as_the_same_model(tiny_models, tmp_path, monkeypatch):
-    """PEFT's own loading says what it was. ALPHA / RANK may differ. A lower rank is refused."""
-    from peft import LoraConfig, PeftModel, get_peft_model
-    ids = torch.arange(4, 24)[None]
-
-    def fresh(rank, alpha):
-        return get_peft_model(load_model(tiny_models["llama"], "float32")[0], LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules=["q_proj", "down_proj"],
-            task_type="CAUSAL_LM"))
-
-    first = fresh(2, 4)
-    g = torch.Generator().manual_seed(0)
-    for name, p in first.named_parameters():
-        if "lora_" in name:
-            p.data = torch.randn(p.shape, generator=g)
-    first.save_pretrained(str(tmp_path))
-    with torch.no_grad():
-        want = PeftModel.from_pretrained(load_model(tiny_models["llama"], "float32")[0],
-                                         str(tmp_path))(ids).logits
-        for rank, alpha in ((2, 4), (6, 12), (6, 24)):
-            monkeypatch.setattr(train, "RANK", rank)
-            monkeypatch.setattr(train, "ALPHA", alpha)
-            larger = fresh(rank, alpha)
-            before = larger(ids).logits
-            train.take_over(larger, tmp_path)
-            torch.testing.assert_close(larger(ids).logits, want, rtol=0, atol=1e-3)
-            assert (before - want).abs().max() > 0.01
-    monkeypatch.setattr(train, "RANK", 1)
-    assert "rank 2" in stops(train.take_over, fresh(1, 2), tmp_path)
-
-
 # ---- the command ---------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -311,12 +279,10 @@ def test_main_writes_an_adapter_that_the_judge_loads(command, tmp_path, capsys):
     assert again["held_out"] != stored["held_out"]
 
     # a further round goes on from the adapter: at LR=0 it is the same
-    command(f"INIT={out}", "LR=0", "RANK=4", "ALPHA=8")
-    was = load(weights)
-    now = load_file(out / "adapter_model.safetensors")
-    assert was.keys() == now.keys()
-    for name, value in was.items():
-        assert torch.equal(now[name][:2] if "lora_A" in name else now[name][:, :2], value)
+    command(f"INIT={out}", "LR=0", "SCORE_ONLY=false")
+    assert (out / "adapter_model.safetensors").read_bytes() == weights
+    command(f"INIT={out}", "LR=1e-2")
+    assert (out / "adapter_model.safetensors").read_bytes() != weights
 
 
 def test_main_says_what_is_missing(command, tmp_path):

@@ -1,5 +1,4 @@
 """evaluation/report.py: its data by hand-computed values, the page in a headless Chromium."""
-import hashlib
 import importlib
 import json
 import re
@@ -154,7 +153,7 @@ def test_games_know_their_seeds_unless_the_run_had_others(runs, monkeypatch):
 ANSWERS = [  # kind, id, outcome, whose reply, text of the seed, hidden
     ("seeds_benign", "b9", "answered", None, "seed b9", False),
     ("attacks_own", "h1", "answered", "a", "seed h1", True),
-    ("attacks_own", "h2", "no attack", "a", "its text", True),
+    ("attacks_own", "h2", "no attack", "a", None, True),  # it does not ship
     ("attacks_on_b", "h1", "answered", "b", "seed h1", True)]
 
 
@@ -170,7 +169,7 @@ def answers(folder):
     write(folder / "attacks_on_b.labels.jsonl", [label("h1", True)])
     write(folder / "seeds_benign.labels.jsonl", [label("b9")])  # a clone has the labels only
     write(folder / "arc_challenge.jsonl", [dict(id="q", right=True)])
-    texts = {"cafe": "its text", "b9": "seed b9"}
+    texts = {"b9": "seed b9"}
     return report.read_answers(folder, "a", ["seeds_benign", "attacks_own"], texts)
 
 
@@ -182,15 +181,6 @@ def test_answers_are_joined_with_labels_and_attacks(runs):
     assert rows[1]["attack"]["answer"] == "attack 1" and rows[1]["reply"]["answer"] == "x"
     assert rows[2]["attack"]["answer"] == "" and rows[2]["reply"] == rows[0]["reply"] == {}
     assert "attack" not in rows[0]
-
-
-def test_texts_are_found_by_hash(runs):
-    write(runs.parent / "own.csv", 'id,goal\n7," a text, quoted "\n')
-    report.TEXTS = "own.csv"
-    digest = hashlib.sha256(b"a text, quoted").hexdigest()
-    assert report.known_texts()[digest] == "a text, quoted"
-    report.TEXTS = "none.csv"
-    assert stopped(report.known_texts) == "error: TEXTS: none.csv not found"
 
 
 def test_rows_over_the_limit_are_evenly_left_out(runs):
@@ -546,14 +536,14 @@ def test_crossplay_and_scatter(page):
 
 def test_curves(page):
     assert page.locator("#panels .panel").count() == 4
-    assert page.locator("#panels .mean:not(i *)").count() == 8
+    expect(page.locator("#panels .mean:not(i *)")).to_have_count(8)
     readout = page.locator("#panels .readout").first
     assert re.findall(r"\.\d\d", readout.inner_text()) == [".38", ".65"]  # .5, -, .25; .5, -, .8
     page.focus("#step")
     page.keyboard.press("ArrowLeft")
     assert re.findall(r"\.\d\d", readout.inner_text()) == [".50", ".50"]
     page.locator("#run-picks input").first.click()
-    assert page.locator("#panels .mean:not(i *)").count() == 4
+    expect(page.locator("#panels .mean:not(i *)")).to_have_count(4)
     page.click("#to-games")
     assert len(listed(page)) == 1 and "step 2" in listed(page)[0]
 
