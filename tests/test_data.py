@@ -251,3 +251,14 @@ def test_a_file_resumed_from_any_byte_is_the_same(tmp_path, cut):
     path.write_bytes(whole[:len(whole) - cut])
     data.append_missing(path, batches, work)
     assert path.read_bytes() == whole
+
+
+def test_the_second_set_of_held_back_seeds():
+    """Enough of both halves for a test set of its own, and no seed of the first set again."""
+    first = data.load_seeds("prompts/seeds.jsonl")
+    second = data.load_seeds("prompts/seeds_test.jsonl", "held_back")
+    harmful, benign = data.halves(second)
+    assert len(harmful) >= 200 and len(benign) >= 200
+    for name in ("id", "prompt"):
+        values = [seed[name].lower() for seed in first + second]
+        assert len(set(values)) == len(values)
