@@ -122,7 +122,7 @@ def check_folder(folder, checkpoint, base, digests):
     return old | fixed if old | fixed != old else None
 
 
-def plan(base, checkpoints, players, names):
+def list_jobs(base, checkpoints, players, names):
     """All jobs, in an order in which each finds the attacks it answers: each model attacks, answers
     itself and the benchmarks and tasks (`names`), the base last. The base then answers the attacks
     of all others. At the end the others are loaded again and answer the rest."""
@@ -153,7 +153,7 @@ def prompts_of(job, folders, prompts):
 
 
 def generate_all(jobs, folders, prompts, tasks):
-    """Do the jobs of plan(). A model is loaded when its first unfinished job needs it."""
+    """Do the jobs of list_jobs(). A model is loaded when its first unfinished job needs it."""
     loaded = holder = None
     for job in jobs:
         path = folders[job.attacker.label] / f"{job.benchmark}.jsonl"
@@ -235,7 +235,7 @@ def label_files(files, name, digest, suffix):
         print(f"judge {publishable(name)}: {model.truncated} texts cut at {judge.MAX_TEXT} tokens")
 
 
-def score(checkpoint, folder, base, benchmarks, tasks, seeds, embed):
+def summarize(checkpoint, folder, base, benchmarks, tasks, seeds, embed):
     """All numbers of one checkpoint, from the files in its folder. seeds: texts of all seeds."""
     attacks, answers = read_rows(folder / "attacks.jsonl"), {}
     for name in [*benchmarks, "attacks_own", "attacks_on_base"]:
@@ -311,7 +311,7 @@ def main(argv):
     print("prompts:", sizes)
 
     # (2) generate
-    jobs = plan(base, checkpoints, players, prompts)
+    jobs = list_jobs(base, checkpoints, players, prompts)
     generate_all(jobs, folders, prompts, tasks)
     note("generate")
 
@@ -331,7 +331,7 @@ def main(argv):
     seeds = [seed["prompt"] for seed in load_seeds(SEEDS)]
     embed, scores, changes = attackers.load_embedder(EMBEDDER), {}, {}
     for c in checkpoints:
-        scores[c.label] = score(c, folders[c.label], base, benchmarks, tasks, seeds, embed)
+        scores[c.label] = summarize(c, folders[c.label], base, benchmarks, tasks, seeds, embed)
     for before, c in zip(checkpoints, checkpoints[1:]):
         old = parent_of(c, checkpoints, before)
         changes[f"{old.label} -> {c.label}"] = paired_changes(

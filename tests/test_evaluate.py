@@ -111,7 +111,7 @@ def test_labels_of_another_adapter_are_other_labels(stage, tmp_path):
 # ---- (2) the order of work
 
 def named(jobs):
-    """plan() in words: [(model that is loaded, ["attacker: file", ...])]."""
+    """list_jobs() in words: [(model that is loaded, ["attacker: file", ...])]."""
     return [(model.label, [f"{job.attacker.label}: {job.benchmark}" for job in group])
             for model, group in itertools.groupby(jobs, lambda job: job.defender)]
 
@@ -119,7 +119,7 @@ def named(jobs):
 def test_the_plan_of_work(stage):
     base, sft, rl = (Checkpoint(name, name, "turns", True, "") for name in ("base", "sft", "r/1"))
     # base and sft are evaluated, rl takes part in cross-play alone
-    assert named(stage.plan(base, [base, sft], [base, sft, rl], ["seeds", "mmlu"])) == [
+    assert named(stage.list_jobs(base, [base, sft], [base, sft, rl], ["seeds", "mmlu"])) == [
         ("sft", ["sft: attacks", "sft: attacks_own", "sft: seeds", "sft: mmlu"]),
         ("r/1", ["r/1: attacks", "r/1: attacks_own"]),
         ("base", ["base: attacks", "base: attacks_own", "base: seeds", "base: mmlu",
@@ -127,11 +127,12 @@ def test_the_plan_of_work(stage):
         ("sft", ["base: attacks_on_sft", "r/1: attacks_on_sft"]),
         ("r/1", ["base: attacks_on_r_1", "sft: attacks_on_r_1"])]
     # without cross-play, with a base that is not evaluated
-    assert named(stage.plan(base, [sft], [], ["seeds"])) == [
+    assert named(stage.list_jobs(base, [sft], [], ["seeds"])) == [
         ("sft", ["sft: attacks", "sft: attacks_own", "sft: seeds"]),
         ("base", ["sft: attacks_on_base"])]
     # who takes part in cross-play alone does not attack a base that does not
-    assert named(stage.plan(base, [sft], [sft, rl], []))[2] == ("base", ["sft: attacks_on_base"])
+    jobs = named(stage.list_jobs(base, [sft], [sft, rl], []))
+    assert jobs[2] == ("base", ["sft: attacks_on_base"])
 
 
 # ---- the whole stage, with models and judges that are played
