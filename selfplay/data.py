@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from engine import progress
-from engine.run import die, locate, short
+from engine.run import TRUTH, die, locate, short
 
 
 def read_table(path):
@@ -137,8 +137,7 @@ def _seed(row, where, default_id):
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         die(f"{where}: a seed needs a non-empty text field `prompt`")
-    truth = {"true": True, "1": True, "false": False, "0": False}
-    harmful = truth.get(str(row.get("harmful")).strip().lower())
+    harmful = TRUTH.get(str(row.get("harmful")).strip().lower())
     if harmful is None:
         die(f"{where}: `harmful` must be true or false, not {row.get('harmful')!r}")
     prompt = prompt.strip()
