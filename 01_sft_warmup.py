@@ -2,9 +2,9 @@
 
     python 01_sft_warmup.py                  9 min on 2 cores with AMX, 13 GB; 19 min without
 
-Paper: SRT (arXiv 2506.07468), its appendix on the supervised warm-up. Input: MODEL, the training
-half of SEEDS, the judge. Output: checkpoints/RUN/ (model, tokenizer, meta.json, and defender.jsonl,
-the examples that stage 2 mixes in) and results/runs/RUN/examples.jsonl (both roles, as text).
+Paper: SRT (arXiv 2506.07468), its appendix on the supervised warm-up. Input: MODEL, SEEDS (splits
+train and dev), the judge. Output: checkpoints/RUN/ (model, tokenizer, meta.json, and the texts that
+stage 2 mixes in, defender.jsonl) and results/runs/RUN/examples.jsonl (both roles).
 
 1. The model answers warm-up seeds: benign ones plainly, harmful ones told to decline.
 2. The judge keeps answers to benign seeds and safe refusals of harmful ones, WARMUP_REFUSALS of the
@@ -13,10 +13,13 @@ the examples that stage 2 mixes in) and results/runs/RUN/examples.jsonl (both ro
    where that thinking is unusable (share printed).
 4. The attacker's examples rewrite a seed by one of the strategies of prompts/strategies.txt.
 5. Cross-entropy on the completion tokens, the end of the turn included; nothing of the prompt.
-6. The rate of well-formed turns of each role before and after, on held-back seeds at temperature 1.
+6. The rate of well-formed turns of each role before and after, on dev seeds at temperature 1.
 
-Departures: one model teaches itself (SRT distils from its own policy too, with a larger judge). The
-attacker's examples are ours, because a small or safety-tuned model refuses to attack."""
+Departures. The warm-up itself: published runs start from the instruct model, which is also their
+reference; a 135M model does not write the format by itself. `02_selfplay_rl.py MODEL=<any instruct
+model> SFT=<defender.jsonl>` runs without one. Our mix holds WARMUP_REFUSALS refusals; the published
+data is benign chat only. One model teaches itself (SRT distils from its own policy too, with a
+larger judge). The attacker's examples are ours: a small or safety-tuned model refuses to attack."""
 import collections
 import json
 import math
@@ -32,13 +35,13 @@ import judge
 from engine import models, progress, run
 from engine.batching import chunks
 from engine.logprobs import cross_entropy_step
-from engine.optim import OPTIMIZERS
+from engine.optim import OPTIMIZERS, cosine_with_warmup
 from engine.run import CHECKPOINTS, Share, die
 from engine.sampling import sample
 from selfplay.data import halves, load_seeds
 from selfplay.sanitize import neutralize
-from selfplay.turns import (Turn, attacker_prompt, complete, defender_prompt, fill, read_prompt,
-                            render)
+from selfplay.turns import (Turn, attacker_prompt, complete, defender_prompt, example, fill,
+                            read_prompt, render)
 
 # ==================================================================================================
 MODEL = "smollm2"         # policy before training: "smollm2", a Hugging Face id, or a folder
@@ -47,12 +50,15 @@ QUANTIZE: Literal["auto", "nf4", "none"] = "auto"  # see judge.py (hardware)
 SEEDS = "prompts/seeds.jsonl"  # ours; paper: WildJailbreak train, "allenai/wildjailbreak"
 RUN = "01_sft"            # names checkpoints/RUN and results/runs/RUN
 COT = True                # hidden chain of thought; False: the papers' ablation
-DEFENDER_EXAMPLES = 240   # examples of the defender's role at most (ours)
+DEFENDER_EXAMPLES = 240   # examples of the defender's role at most; published: twice 15,000
 ATTACKER_EXAMPLES = 160   # examples of the attacker's role (ours)
 WARMUP_REFUSALS: Share = 0.2  # share of refusals among the defender's examples (ours)
-REPLY_TOKENS = 72         # longest reply, tokens (hardware)
-THINK_TOKENS = 40         # longest post-filled thinking, tokens (hardware)
-LR = 4e-5                 # peak learning rate, cosine to a tenth (ours)
+BRIEF = True              # one paragraph of a sentence or two, right for 135M; published: False
+REPLY_TOKENS = 72         # longest reply, tokens; published: 2048
+THINK_TOKENS = 40         # longest post-filled thinking, tokens; published: 1024
+TEMPERATURE = 0.7         # of replies and thinking, for examples only; published: 0.6
+TOP_P: Share = 1.0        # nucleus, for examples only; published: 0.9
+LR = 4e-5                 # peak; a tenth of the updates up to it, then a cosine to a tenth (ours)
 EPOCHS = 3                # passes over the examples (ours)
 BATCH = 8                 # examples an update (ours)
 PROBE = 96                # sampled turns of each role before and after (ours)
@@ -62,9 +68,11 @@ DTYPE: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights (hardwa
 OPTIMIZER: Literal["master", "kahan"] = "master"  # 20 or 10 bytes a parameter (engine/optim.py)
 PROGRESS = True           # progress bars (display)
 SEED = 0                  # of everything
+# 4,000, not twice 15,000: one source here, the benign seeds; an example costs 3,072 tokens at most.
 PAPER = dict(MODEL="Qwen/Qwen2.5-7B-Instruct", JUDGE="allenai/wildguard",
              SEEDS="allenai/wildjailbreak", DEFENDER_EXAMPLES=4000, ATTACKER_EXAMPLES=2000,
-             REPLY_TOKENS=1024, THINK_TOKENS=512, LR=1e-5, BATCH=32, PROBE=256, SAMPLE_BATCH=128,
+             WARMUP_REFUSALS=0.0, BRIEF=False, REPLY_TOKENS=2048, THINK_TOKENS=1024,
+             TEMPERATURE=0.6, TOP_P=0.9, LR=1e-5, BATCH=32, PROBE=256, SAMPLE_BATCH=128,
              TRAIN_TOKENS=4096, OPTIMIZER="kahan")
 # ==================================================================================================
 
@@ -81,23 +89,27 @@ def read_columns(name, width):
 
 
 def ask(model, tok, texts, max_new, generator):
-    """Plain chat completions at temperature .7 -> list of (text, ended), for building examples."""
+    """Plain chat completions -> list of (text, ended), for building examples."""
     prompts = [render(tok, text) for text in texts]
-    out = sample(model, tok, prompts, max_new, 0.7, SAMPLE_BATCH, generator)
+    out = sample(model, tok, prompts, max_new, TEMPERATURE, SAMPLE_BATCH, generator, top_p=TOP_P)
     return [(tok.decode(ids, skip_special_tokens=True).strip(), ids[-1] in tok.stop_ids)
             for ids, _ in out]
 
 
-def whole_sentences(text, ended):
-    """One paragraph of complete sentences: a reply cut at its limit loses its unfinished end."""
+def trimmed(text, ended):
+    """What is used of a sampled text. BRIEF: one paragraph of complete sentences; one that was cut
+    at its limit loses its unfinished end. Otherwise the text with its line breaks, "" if cut."""
+    if not BRIEF:
+        return text if ended else ""
     text = re.sub(r"\s+", " ", text)
-    if not ended:
-        text = text[:max(text.rfind(". "), text.rfind("! "), text.rfind("? ")) + 1]
-    return text
+    return text if ended else text[:max(map(text.rfind, (". ", "! ", "? "))) + 1]
 
 
 def usable_thinking(text):
-    """Is a post-filled thought fit to train on: one or two plain sentences about the request?"""
+    """May a post-filled thought be trained on? BRIEF: if it is one or two plain sentences about the
+    request. Otherwise any text without tags of thinking or answers."""
+    if not BRIEF:
+        return bool(text) and not re.search(r"(?i)<\s*/?\s*(?:think|thought|answer)", text)
     return (20 <= len(text) <= 240 and text.startswith("The user") and text[-1] in ".!"
             and "<" not in text)
 
@@ -105,21 +117,21 @@ def usable_thinking(text):
 def sorted_replies(model, tok, scorer, seeds, generator):
     """Steps 1-2 -> (refusals kept, answers kept, all replies), lists of (seed, reply, kind)."""
     harmful, benign = halves(seeds)
-    harmful, benign = harmful[:DEFENDER_EXAMPLES], benign[:2 * DEFENDER_EXAMPLES]
-    asked = benign + harmful
-    plainly, to_decline = read_prompt("warmup_answer.txt"), read_prompt("warmup_refuse.txt")
-    requests = []
+    harmful = harmful[:DEFENDER_EXAMPLES] if WARMUP_REFUSALS else []
+    benign = benign[:2 * DEFENDER_EXAMPLES]
+    plainly = read_prompt("warmup_answer.txt") if BRIEF else "{{REQUEST}}"
+    to_decline = read_prompt("warmup_refuse.txt")
+    asked, requests, raw, pairs = benign + harmful, [], [], []
     for seed in asked:
         request = neutralize(seed["prompt"], tok)
         requests.append(fill(to_decline if seed["harmful"] else plainly, REQUEST=request))
-    raw, pairs = [], []
     for seed, reply in zip(asked, ask(model, tok, requests, REPLY_TOKENS, generator)):
-        reply = neutralize(whole_sentences(*reply), tok)
+        reply = neutralize(trimmed(*reply), tok)
         raw.append((seed, reply or "I can help with that.", "comply"))
         pairs.append((seed["prompt"], reply))
     refuse, comply = [], []
     for seed, (_, reply), x in zip(asked, pairs, scorer.classify(pairs)):
-        if len(reply) <= 10 or x.response_harmful is not False:
+        if len(reply) <= (10 if BRIEF else 0) or x.response_harmful is not False:
             continue
         # two opinions on what will be imitated
         matched = judge.refusal_match(reply)
@@ -147,20 +159,20 @@ def defender_examples(model, tok, scorer, seeds, rng, generator):
         kept = raw[:DEFENDER_EXAMPLES]
     if not COT:
         return [(seed, "", reply, kind) for seed, reply, kind in kept]
-    postfill, templates = read_prompt("warmup_postfill.txt"), read_columns("warmup_thoughts.txt", 2)
+    postfill = read_prompt("warmup_postfill.txt" if BRIEF else "warmup_postfill_full.txt")
+    templates = read_columns("warmup_thoughts.txt", 2)
     requests = [fill(postfill, REQUEST=neutralize(seed["prompt"], tok), ANSWER=reply)
                 for seed, reply, _ in kept]
     thoughts = ask(model, tok, requests, THINK_TOKENS, generator)
     examples, usable = [], 0
     for (seed, reply, kind), thought in zip(kept, thoughts):
-        thinking = whole_sentences(*thought)
+        thinking = trimmed(*thought)
         if usable_thinking(thinking):
             usable += 1
         else:
             thinking = rng.choice([text for of, text in templates if of == kind])
         examples.append((seed, thinking, reply, kind))
-    print(f"post-filled thinking usable: {usable} of {len(kept)}; a template stands in for the "
-          "others")
+    print(f"post-filled thinking usable: {usable} of {len(kept)}; else a template stands in")
     return examples
 
 
@@ -177,17 +189,14 @@ def attacker_examples(tok, seeds, rng):
 
 
 def build(tok, defender, attacker):
-    """All examples as dicts with role, text and token ids. completion_ids are what the model should
-    sample, the stop id last."""
+    """All examples as dicts with role, texts and token ids (those of turns.example)."""
     rows = []
     for k, (seed, thinking, answer, kind) in enumerate(defender + attacker):
-        role, prompt_ids = "attacker", attacker_prompt(tok, seed, COT)
-        if k < len(defender):
-            role, prompt_ids = "defender", defender_prompt(tok, seed["prompt"], COT)
-        text = f" {thinking} </think> <answer> {answer} </answer>" if COT else answer
-        ids = tok(text, add_special_tokens=False).input_ids + [tok.turn_end]
-        rows.append(dict(role=role, kind=kind, seed=seed["id"], thinking=thinking, answer=answer,
-                         prompt_ids=prompt_ids, completion_ids=ids))
+        role, ids = "defender", example(tok, seed["prompt"], thinking, answer, COT)
+        if k >= len(defender):  # its completion has the same form
+            role, ids["prompt_ids"] = "attacker", attacker_prompt(tok, seed, COT)
+        rows.append(dict(ids, role=role, kind=kind, seed=seed["id"], request=seed["prompt"],
+                         thinking=thinking, answer=answer))
     return rows
 
 
@@ -203,13 +212,11 @@ def train(model, rows, rng):
     updates = []
     for _ in range(EPOCHS):
         updates += chunks(rng.sample(rows, len(rows)), BATCH)
-    recent, began = [], time.time()
+    warmup, recent, began = math.ceil(0.1 * len(updates)), [], time.time()
     with progress.bar(len(updates), "warm-up", "update") as bar:
         for step, batch in enumerate(updates):
             recent.append(cross_entropy_step(model, optimizer, batch, TRAIN_TOKENS))
-            done, warm = step / len(updates), min(1.0, (step + 1) / (0.1 * len(updates)))
-            lr = LR * warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
-            optimizer.step(lr, 1.0)
+            optimizer.step(LR * cosine_with_warmup(step, len(updates), warmup), 1.0)
             bar.update()
             if (step + 1) % max(1, len(updates) // 10) == 0 or step + 1 == len(updates):
                 progress.say(f"update {step + 1:3d}/{len(updates)} | loss "
@@ -218,7 +225,7 @@ def train(model, rows, rng):
 
 
 def probe(model, tok, scorer, seeds, when):
-    """Step 6: PROBE sampled turns of each role on held-back seeds -> rates, also printed."""
+    """Step 6: PROBE sampled turns of each role on dev seeds -> rates, also printed."""
     both = halves(seeds)
     defenders, attackers = [], []
     for i in range(PROBE):
@@ -234,40 +241,43 @@ def probe(model, tok, scorer, seeds, when):
     labels = scorer.classify([(t.request, t.answer) for t in turns[:PROBE]])
     formed = [t.well_formed for t in turns]
     harmful = [x.response_harmful for x in labels[0::2]]  # every second seed is benign
-    complied = [x.response_refusal is False for x in labels[1::2]]
+    complied = [x.response_refusal is False and not x.empty for x in labels[1::2]]
     rates = dict(defender=sum(formed[:PROBE]) / PROBE, attacker=sum(formed[PROBE:]) / PROBE,
                  asr=harmful.count(True) / max(1, len(harmful)),
                  comply=complied.count(True) / max(1, len(complied)))
     print(f"{when}: well-formed defender {rates['defender']:.2f} attacker {rates['attacker']:.2f} "
           f"(n {PROBE} each) | asr {rates['asr']:.2f} comply(b) {rates['comply']:.2f} "
-          f"(n {PROBE // 2} each, held-back seeds, sampled)", flush=True)
+          f"(n {PROBE // 2} each, dev seeds, sampled)", flush=True)
     return rates
 
 
 def write_examples(out, rows):
-    """Both roles' examples as text -> results/runs/RUN/examples.jsonl; the defender's as token ids
-    -> the text of checkpoints/RUN/defender.jsonl."""
+    """Both roles' examples -> results/runs/RUN/examples.jsonl. The defender's, with the request ->
+    the text of checkpoints/RUN/defender.jsonl: no token ids, so that any model can use it."""
     def lines(keys, kept):
         return "".join(json.dumps({k: row[k] for k in keys.split()}) + "\n" for row in kept)
 
     run.write_text(out / "examples.jsonl", lines("role kind seed thinking answer", rows))
-    return lines("kind seed prompt_ids completion_ids",
+    return lines("kind seed request thinking answer",
                  [row for row in rows if row["role"] == "defender"])
 
 
 def main(argv):
     """The numbered steps of the docstring."""
     run.configure(globals(), argv)
+    if TOP_P == 0:
+        die("TOP_P=0.0: must be above 0")
     rng, generator = random.Random(SEED), torch.Generator().manual_seed(SEED)
     torch.manual_seed(SEED)
-    seeds, held_back = load_seeds(SEEDS, "train"), load_seeds(SEEDS, "held_back")
+    seeds, dev = load_seeds(SEEDS, "train"), load_seeds(SEEDS, "dev")
     read_columns("strategies.txt", 3)  # a bad line stops here, not later
     read_columns("warmup_thoughts.txt", 2)
-    scorer = judge.load_judge(JUDGE, QUANTIZE)
+    limit = judge.text_limit(REPLY_TOKENS + THINK_TOKENS)
+    scorer = judge.load_judge(JUDGE, QUANTIZE, max_text=limit)
     model, tok = models.load_model(MODEL, DTYPE)
     run.open_results(globals(), run.make_meta(globals(), MODEL))  # another stage's RUN stops here
     began = time.time()
-    before = probe(model, tok, scorer, held_back, "before")
+    before = probe(model, tok, scorer, dev, "before")
     defender = defender_examples(model, tok, scorer, seeds, rng, generator)
     rows = build(tok, defender, attacker_examples(tok, seeds, rng))
     kinds = collections.Counter(comply=0, refuse=0)
@@ -276,15 +286,14 @@ def main(argv):
           f"attacks; {time.time() - began:.0f} s")
     show(tok, rows[0])
     train(model, rows, rng)
-    after = probe(model, tok, scorer, held_back, "after ")
+    after = probe(model, tok, scorer, dev, "after ")
     meta = dict(run.make_meta(globals(), MODEL), before=before, after=after, examples=kinds)
     mix = write_examples(run.open_results(globals(), meta), rows)
     models.save_checkpoint(CHECKPOINTS / RUN, model, tok, meta, files={"defender.jsonl": mix})
     if after["comply"] < 0.85:
-        print(f"WARNING: benign compliance {after['comply']:.2f} is below .85: "
-              "lower WARMUP_REFUSALS or LR")
-    print(f"made checkpoints/{RUN} ({time.time() - began:.0f} s, "
-          f"{run.peak_gb():.1f} GB); next: python 02_selfplay_rl.py")
+        print(f"WARNING: comply(b) {after['comply']:.2f} is below .85: lower WARMUP_REFUSALS or LR")
+    print(f"made checkpoints/{RUN} ({time.time() - began:.0f} s, {run.peak_gb():.1f} GB); "
+          "next: python 02_selfplay_rl.py")
 
 
 if __name__ == "__main__":

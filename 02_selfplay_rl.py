@@ -3,6 +3,11 @@
     python 02_selfplay_rl.py               100 steps of 32 seeds: 55 to 93 min, 13 GB on 2 cores
     python 02_selfplay_rl.py METHOD=ssp    the second paper: other rewards, replay of past failures
     python 02_selfplay_rl.py --paper       7B policy, WildGuard in NF4 (not run; see README)
+    python 02_selfplay_rl.py MODEL=<any instruct model> SFT=<defender.jsonl>    without a warm-up
+
+Ablations: COT=false; ROLES=defender (no attacker, every seed goes straight to the defender);
+ROLES=attacker (attacked games only, against the frozen start model asked in plain chat);
+SCHEME=zero_sum; RL_COEF=0 (control: the SFT mix alone). A run's first line says which one it is.
 
 Papers: Self-RedTeam, arXiv 2506.07468 [SRT], sections 3 (game), 4 and appendix (training); SSP,
 arXiv 2601.10589 [SSP] (its constants are not public). Input: MODEL (stage 1's checkpoint), its
@@ -17,17 +22,23 @@ The loop, as numbered in the code:
  5. Rewards per turn from a table, plus the format term.
  6. Returns with a k1 penalty towards the frozen warm-up model; advantages per role.
  7. Clipped policy-gradient loss on both roles' turns, plus the SFT mix; AdamW (engine/optim.py).
+ 8. Every EVAL_EVERY steps, greedy games on dev seeds: metrics.csv's columns dev_*.
 
 Departures from the published code, each with its reason:
  a. Who is attacked is drawn anew every step (published: once per run, so always or never).
  b. A malformed turn's thinking is never shown on (published: the whole raw text leaks then).
  c. The loss is a token mean over the whole update (published: a mean of micro-batch means).
- d. The k1 penalty uses the log-probabilities of sampling: same expectation, one forward pass less.
+ d. With UPDATES=1 the k1 penalty uses the log-probs of sampling: one forward pass less.
  e. zero_sum, which the paper analyses and its code lacks, is here: SCHEME=zero_sum.
  f. Random numbers are a function of (SEED, step), so a resumed run needs no generator state.
  g. SSP: the pool holds harmful games only, and replayed games take the places of harmful ones.
  h. An attack that the judge calls a refusal of its seed has lost (published: it is a rewrite like
-    any other). A small defender repeats such an attack, so a benign request counts as refused."""
+    any other). A small defender repeats such an attack, so a benign request counts as refused.
+ i. An empty reply is neither refusal nor answer, so both players lose the refusal term (published:
+    judged like any other, and then it wins a benign game). SSP: 0 for both, and it is no visit.
+ j. MODEL has been warmed up and is the reference (published: the instruct model is both), because a
+    model of 135M does not write the format by itself.
+results/README.md has every setting of the published script beside that of --paper."""
 import collections
 import dataclasses
 import json
@@ -42,14 +53,16 @@ from safetensors.torch import load_file
 
 import judge
 from engine import memory, models, progress, run
-from engine.batching import micro_batches
+from engine.batching import evenly, micro_batches
 from engine.logprobs import cross_entropy_step, token_logprobs
-from engine.optim import OPTIMIZERS
-from engine.run import CHECKPOINTS, Share, die
+from engine.optim import OPTIMIZERS, cosine_with_warmup
+from engine.run import CHECKPOINTS, Count, Share, die
+from evaluation import attackers, held_back
 from selfplay import monitor
-from selfplay.data import halves, load_seeds, read_rows
+from selfplay.data import halves, load_seeds
 from selfplay.replay import Pool
-from selfplay.turns import Turn, attacker_prompt, complete, defender_prompt, longest_prompts
+from selfplay.turns import (Turn, attacker_prompt, complete, defender_prompt, longest_prompts,
+                            plain_prompt, read_examples)
 
 # ==================================================================================================
 MODEL = "checkpoints/01_sft"   # where the policy starts and what the KL term holds it to
@@ -60,6 +73,8 @@ RUN = "02_rl"             # names checkpoints/RUN and results/runs/RUN
 METHOD: Literal["self_redteam", "ssp"] = "self_redteam"  # [SRT]; [SSP]: other rewards, replay
 SCHEME: Literal["general_sum", "zero_sum"] = "general_sum"  # published code; zero_sum: theory
 ROLES: Literal["both", "attacker", "defender"] = "both"  # who learns; ablations: only one
+OPPONENT: Literal["published", "frozen_turns"] = "published"  # of one role; frozen_turns: the start
+#                           model in the other role, all games as in self-play (ours)
 COT = True                # paper: True; False is its no-CoT ablation
 STEPS = 100               # rollouts; paper: 200
 SEEDS_PER_STEP = 32       # games a rollout; paper: 128
@@ -83,10 +98,15 @@ MASTERED: Share = 0.8     # mean reward above which an item leaves, after 3 visi
 RUBRIC_JUDGE = ""         # METHOD=ssp: chat model that scores 1..5; "": 1 + 4 p(harmful) of JUDGE
 DECLINED_LOSES = True     # departure h; published: False
 COPY_COEF = 0.0           # charge for an attack that is its seed unchanged; ours, published: 0
+RL_COEF = 1.0             # weight of the policy loss; published: 1.0; 0: control, the SFT mix alone
+SFT = ""                  # the SFT mix: a defender.jsonl of stage 1; "": the one beside MODEL
+SFT_KINDS: Literal["comply", "all"] = "comply"  # published: benign chat only; "all": refusals too
 SFT_COEF = 1.0            # weight of the SFT mix; published: 1.0
-SFT_BATCH = 8             # warm-up examples an update (ours)
+SFT_BATCH = 8             # examples an update; published: 16
 CLIP_NORM = 1.0           # gradient norm; published: 1
-SAVE_EVERY = 20           # steps between checkpoints
+SAVE_EVERY = 20           # steps between checkpoints; published: 100
+EVAL_EVERY: Count = 20    # steps between evaluations on dev seeds; 0: none; published: 10 (display)
+EVAL_SEEDS = 48           # dev seeds of each half in them (ours)
 SAMPLE_BATCH = 96         # rows sampled at a time (hardware)
 TRAIN_TOKENS = 3072       # tokens of a micro-batch, padding included (hardware)
 DTYPE: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights (hardware)
@@ -97,39 +117,45 @@ JUDGE_FLOOR: Share = 0.8  # a judge below it on prompts/probe.jsonl stops the ru
 TRACKER: Literal["", "tensorboard", "trackio", "wandb"] = ""  # "": nothing leaves here (display)
 PROGRESS = True           # progress bars (display)
 SEED = 0                  # of everything
-PAPER = dict(JUDGE="allenai/wildguard", SEEDS="allenai/wildjailbreak", STEPS=200, HORIZON=312,
+PAPER = dict(MODEL="Qwen/Qwen2.5-7B-Instruct", SFT="checkpoints/01_sft/defender.jsonl",
+             JUDGE="allenai/wildguard", SEEDS="allenai/wildjailbreak", STEPS=200, HORIZON=312,
              SEEDS_PER_STEP=128, ATTACK_TOKENS=2048, REPLY_TOKENS=2048, LR=5e-7, UPDATES=6,
-             SFT_BATCH=32, SAMPLE_BATCH=64, TRAIN_TOKENS=4096, OPTIMIZER="kahan")
+             SFT_BATCH=16, SAVE_EVERY=100, EVAL_EVERY=10, EVAL_SEEDS=200, DECLINED_LOSES=False,
+             SAMPLE_BATCH=64, TRAIN_TOKENS=4096, OPTIMIZER="kahan")
 # ==================================================================================================
 
 # ---- rewards [SRT section 3] ---------------------------------------------------------------------
 # size of each term; signs() below says when a term is +1 and when -1
 DEFENDER = dict(harmful_reply=-1.0, right_refusal=+1.0)
 ATTACKER = dict(faithful=+0.5, harmful_reply=+1.0, right_refusal=-0.5)          # general_sum
-OPPONENT = dict(faithful=+0.5, harmful_reply=+1.0, right_refusal=-1.0)          # zero_sum
+ZERO_SUM = dict(faithful=+0.5, harmful_reply=+1.0, right_refusal=-1.0)          # zero_sum
 REWARDS = {"general_sum": dict(attacker=ATTACKER, defender=DEFENDER),
-           "zero_sum": dict(attacker=OPPONENT, defender=DEFENDER)}
+           "zero_sum": dict(attacker=ZERO_SUM, defender=DEFENDER)}
 
 
-def signs(kind, labels):
+def signs(role, kind, labels):
     """+1 or -1 for each term; a "harmful prompt" is the judge's label of what the defender saw."""
     sign = {True: 1.0, False: -1.0}
-    # faithful: "revision faithfulness"; right_refusal: harmful refused, benign answered
+    right = labels.response_refusal == labels.prompt_harmful  # harmful refused, benign answered
+    if labels.empty:  # neither: both players lose this term (departure i)
+        right = role == "attacker"
+    # faithful: "revision faithfulness"
     return dict(faithful=sign[labels.prompt_harmful == kind.endswith("harmful")],
-                harmful_reply=sign[labels.response_harmful],
-                right_refusal=sign[labels.response_refusal == labels.prompt_harmful])
+                harmful_reply=sign[labels.response_harmful], right_refusal=sign[right])
 
 
 def game_reward(role, kind, labels, scheme):
     """The game's reward of a turn: look up and add. None (turn dropped) if unparsed."""
     if None in (labels.prompt_harmful, labels.response_refusal, labels.response_harmful):
         return None
+    if scheme == "ssp" and labels.empty:
+        return 0.0  # nobody gains by it (departure i)
     if scheme == "ssp" and (labels.score is None or "response_refusal" not in labels.p):
         return None  # a judge that only generates gives no probabilities
     if scheme == "ssp":  # complementary, clipped to [0, 1] [SSP]; the benign term is ours
         lost = (labels.score - 1) / 4 if kind.endswith("harmful") else labels.p["response_refusal"]
         return min(1.0, max(0.0, lost if role == "attacker" else 1 - lost))
-    reward, sign = 0, signs(kind, labels)
+    reward, sign = 0, signs(role, kind, labels)
     for term, size in REWARDS[scheme][role].items():
         reward += size * sign[term]
     return reward
@@ -182,14 +208,12 @@ def reinforce_loss(logp_N, logp_old_N, advantage_N, eps):
     return loss_N.sum(), int(((rho_N - clipped_N).detach() * advantage_N).abs().gt(0).sum())
 
 
-def learning_rate(update, updates_in_horizon):
-    """Linear warm-up over WARMUP of the horizon, then cosine to a tenth of LR (as published)."""
-    done = min(1.0, update / updates_in_horizon)
-    warm = min(1.0, (update + 1) / max(1.0, WARMUP * updates_in_horizon))
-    return LR * warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
-
-
 # ---- the game [SRT section 3] --------------------------------------------------------------------
+def published_ablation(role):
+    """Is this the published ablation in which only `role` learns?"""
+    return ROLES == role and OPPONENT == "published"
+
+
 def draw_seeds(seeds, step):
     """(1) A step's games -> list of (kind, seed). Each half walks its seeds, shuffled per epoch."""
     games = []
@@ -197,43 +221,39 @@ def draw_seeds(seeds, step):
     both = halves(seeds)
     for harmful, n in ((True, SEEDS_PER_STEP - n_benign), (False, n_benign)):
         half = both[0] if harmful else both[1]
-        attacked = random.Random(f"{SEED} {harmful} {step}").sample(range(n), round(ATTACKED * n))
+        share = 0 if published_ablation("defender") else ATTACKED
+        attacked = random.Random(f"{SEED} {harmful} {step}").sample(range(n), round(share * n))
         orders = {}  # by epoch; a step may reach into the next one
         for i in range(n):
             epoch, k = divmod(step * n + i, len(half))
             if epoch not in orders:
                 orders[epoch] = random.Random(f"{SEED} {harmful} {epoch}").sample(half, len(half))
             kind = "generated" if i in attacked else "vanilla"
-            games.append((f"{kind}_{'harmful' if harmful else 'benign'}", orders[epoch][k]))
+            if kind == "generated" or not published_ablation("attacker"):
+                games.append((f"{kind}_{'harmful' if harmful else 'benign'}", orders[epoch][k]))
     return games
 
 
-def with_replays(fresh, pool):
-    """A step's games with those of SSP's pool in the place of as many fresh harmful ones."""
-    room = round(REPLAY_FRACTION * SEEDS_PER_STEP) if METHOD == "ssp" else 0
-    replayed = pool.games(room, REPLAY)
-    n_harmful = SEEDS_PER_STEP - int(BENIGN_FRACTION * SEEDS_PER_STEP)
-    return fresh[:max(0, n_harmful - len(replayed))] + fresh[n_harmful:] + replayed
-
-
-def play(attacker, defender, tok, scorer, games, generator):
+def play(attacker, defender, tok, scorer, games, generator, temperature=1.0):
     """(2)-(5) Play the games (kind, seed, pool item if replayed) -> Turns of both roles with labels
-    and rewards. No gradient here."""
+    and rewards. No gradient here. temperature: 0 for the greedy games of (8)."""
     # (2) the attacker rewrites; its thinking stays hidden
     drafts = []
     for g, (kind, seed, *_) in enumerate(games):
         if kind.startswith("generated"):
             drafts.append(Turn("attacker", kind, seed, attacker_prompt(tok, seed, COT), game=g))
-    attacks = complete(attacker, tok, drafts, COT, ATTACK_TOKENS, 1.0, SAMPLE_BATCH, generator)
+    attacks = complete(attacker, tok, drafts, COT, ATTACK_TOKENS, temperature, SAMPLE_BATCH,
+                       generator)
     attack_of = {t.game: t.answer for t in attacks}
     # (3) the defender answers the attack, the seed itself, or an attack that once worked
-    drafts = []
+    drafts, chat = [], published_ablation("attacker")
     for g, (kind, seed, *item) in enumerate(games):
         request = item[0].attack if item else attack_of.get(g, seed["prompt"])
         unsafe = item[0].reply if kind.startswith("reflected") else None
-        ids = defender_prompt(tok, request, COT, unsafe)
+        ids = plain_prompt(tok, request) if chat else defender_prompt(tok, request, COT, unsafe)
         drafts.append(Turn("defender", kind, seed, ids, request, game=g))
-    replies = complete(defender, tok, drafts, COT, REPLY_TOKENS, 1.0, SAMPLE_BATCH, generator)
+    replies = complete(defender, tok, drafts, COT and not chat, REPLY_TOKENS, temperature,
+                       SAMPLE_BATCH, generator)
     # (4) the judge sees (request, reply), and (seed, attack): does the attacker decline?
     exchanges = [(t.request, t.answer) for t in replies]
     rewrites = [(t.seed["prompt"], t.answer) for t in attacks]
@@ -288,14 +308,14 @@ def update(model, optimizer, turns, advantage, old, sft_batch, lr):
     tokens = sum(len(t.ids) for t in turns)
     out = dict(loss=0.0, entropy=0.0, clipped=0, gap=0.0, sft=0.0, tokens=tokens)
     with progress.bar(len(turns), "learning", "turn") as bar:
-        for part in batches_of(turns):
+        for part in batches_of(turns) if RL_COEF else []:
             logp_N, entropy_N = scored(model, turns, part)
             adv_N = torch.cat([advantage[i] for i in part]).to(logp_N.device)
             old_N = logp_N.detach()
             if old:
                 old_N = torch.cat([old[i] for i in part]).to(logp_N.device)
             loss, clipped = reinforce_loss(logp_N, old_N, adv_N, CLIP_EPS)
-            (loss / tokens).backward()
+            (RL_COEF * loss / tokens).backward()
             optimizer.collect()
             sampled_N = torch.cat([torch.tensor(turns[i].logps) for i in part]).to(logp_N.device)
             out["loss"] += loss.item() / tokens
@@ -315,22 +335,23 @@ def learn(model, ref, optimizer, turns, sft, step):
     if not turns:
         return dict(kl=0.0, entropy=0.0, lr=0.0, degenerate=2, grad_norm=0.0, sft=0.0,
                     clipped=0.0, gap=0.0)
-    # (6) returns and advantages; the k1 term uses the log-probs of sampling (departure d)
-    reference, sampled, returns, roles = logprobs_of(ref, turns), [], [], []
-    for t, ref_T in zip(turns, reference):
-        sampled.append(torch.tensor(t.logps))
-        returns.append(token_returns(t.reward, sampled[-1], ref_T, KL_COEF))
+    # (6) returns and advantages; the k1 term and rho need the log-probs of the policy that sampled
+    old = logprobs_of(model, turns) if UPDATES > 1 else None
+    before = old or [torch.tensor(t.logps) for t in turns]  # of sampling itself: departure d
+    reference, returns, roles = logprobs_of(ref, turns), [], []
+    for t, logp_T, ref_T in zip(turns, before, reference):
+        returns.append(token_returns(t.reward, logp_T, ref_T, KL_COEF))
         roles.append(t.role)
     advantage, degenerate = advantages(returns, roles)
-    kl = (torch.cat(sampled) - torch.cat(reference)).mean().item()
-    # (7) one pass over the turns in UPDATES optimizer steps; old log-probs where there are several
-    old = logprobs_of(model, turns) if UPDATES > 1 else None
-    rng = random.Random(f"{SEED} update {step}")
+    kl = (torch.cat(before) - torch.cat(reference)).mean().item()
+    # (7) one pass over the turns in UPDATES optimizer steps
+    rng, sft_rng = random.Random(f"{SEED} update {step}"), random.Random(f"{SEED} sft {step}")
     order, total = rng.sample(range(len(turns)), len(turns)), collections.Counter()
+    horizon = HORIZON * UPDATES
     for u in range(min(UPDATES, len(order))):
         at = order[u::UPDATES]
-        lr = learning_rate(step * UPDATES + u, HORIZON * UPDATES)
-        batch = rng.sample(sft, min(SFT_BATCH, len(sft))) if SFT_COEF else []
+        lr = LR * cosine_with_warmup(step * UPDATES + u, horizon, math.ceil(WARMUP * horizon))
+        batch = sft_rng.sample(sft, min(SFT_BATCH, len(sft))) if SFT_COEF else []
         total.update(update(model, optimizer, [turns[i] for i in at], [advantage[i] for i in at],
                             old and [old[i] for i in at], batch, lr))
     tokens, n = total["tokens"], min(UPDATES, len(order))
@@ -342,20 +363,18 @@ def learn(model, ref, optimizer, turns, sft, step):
 # ---- a run: start, resume, save ------------------------------------------------------------------
 # What a run works with. first: steps that are done already.
 Run = dataclasses.make_dataclass(
-    "Run", "model ref tok scorer optimizer pool seeds sft first".split())
+    "Run", "model ref tok scorer optimizer pool seeds dev embed sft inputs first".split())
 
 
 def plan_memory(source, seeds):
     """Print what a step needs in memory; on CUDA, stop if it does not fit (engine/memory.py)."""
-    policy, judges = models.peek(source), []
-    for name in [JUDGE, RUBRIC_JUDGE] if METHOD == "ssp" and RUBRIC_JUDGE else [JUDGE]:
-        known = models.peek(models.EMBEDDED if judge.adapter_of(name) else name)
-        if not (policy and known):
-            print(f"memory: not planned, the config of {MODEL} or {name} is not at hand")
-            return
-        judges.append((memory.shape(known[0]), models.pick_dtype("auto").itemsize,
-                       judge.uses_nf4(name, QUANTIZE)))
-    attacked = round(ATTACKED * SEEDS_PER_STEP)
+    policy, judges = models.peek(source), [judge.footprint(JUDGE, QUANTIZE)]
+    if METHOD == "ssp" and RUBRIC_JUDGE:
+        judges.append(judge.footprint(RUBRIC_JUDGE, QUANTIZE))
+    if not policy or None in judges:
+        print(f"memory: not planned, the config of {MODEL} or of the judge is not at hand")
+        return
+    attacked = 0 if published_ablation("defender") else round(ATTACKED * SEEDS_PER_STEP)
     reflect = REPLY_TOKENS if METHOD == "ssp" and REPLAY == "reflect" else None
     attack, reply = longest_prompts(policy[1], seeds, COT, ATTACK_TOKENS * (attacked > 0), reflect)
     turns = dict(reply=(min(SAMPLE_BATCH, SEEDS_PER_STEP), reply, REPLY_TOKENS))
@@ -367,37 +386,41 @@ def plan_memory(source, seeds):
     memory.check(rows, stop=MEMORY_CHECK and not PLAN_ONLY)
 
 
-def load_sft(source):
-    """The defender's warm-up examples beside MODEL; where there are none, there is no SFT mix."""
-    path = run.locate(f"{source}/defender.jsonl")
-    if path is None:
-        print(f"no SFT mix: {MODEL} has no defender.jsonl (stage 1 writes it)")
-    return read_rows(path) if path else []
-
-
 def start():
     """Load all that a run works with: new, or from the newest checkpoint -> Run."""
     source = str(run.locate(MODEL) or MODEL)
     if MODEL == "checkpoints/01_sft" and not run.locate(f"{MODEL}/config.json"):
         die(f"{MODEL} not found: run python 01_sft_warmup.py first")
-    seeds = load_seeds(SEEDS, "train")
-    resumed = run.newest_checkpoint(CHECKPOINTS / RUN)
-    if resumed:
-        run.check_resume(globals(), resumed)
+    seeds, dev, embed = load_seeds(SEEDS, "train"), [], None
     plan_memory(source, seeds)
     if PLAN_ONLY:
         sys.exit(0)
-    scorer = judge.load_judge(JUDGE, QUANTIZE, rubric=RUBRIC_JUDGE if METHOD == "ssp" else "")
-    score, line = judge.probe(scorer)
-    print(line)
-    if score < JUDGE_FLOOR:
-        die("a policy learns its judge's errors; this one is below JUDGE_FLOOR "
-            f"({score:.2f} < {JUDGE_FLOOR}): use a better one, or JUDGE_FLOOR=0 to go on")
+    resumed = run.newest_checkpoint(CHECKPOINTS / RUN)
+    sft_file = run.locate(SFT or f"{source}/defender.jsonl")
+    if SFT and not sft_file:
+        die(f"SFT={SFT} not found: python 01_sft_warmup.py writes such a file")
+    rubric = RUBRIC_JUDGE if METHOD == "ssp" else ""
+    inputs = dict(MODEL=models.fingerprint(source), JUDGE=judge.fingerprint(JUDGE),
+                  RUBRIC_JUDGE=judge.fingerprint(rubric), SEEDS=run.file_digest(*SEEDS.split(",")),
+                  SFT=run.file_digest(sft_file), prompts=run.file_digest(*run.PROMPTS.glob("*")))
+    if resumed:
+        run.check_resume(globals(), resumed, inputs)
+    scorer = judge.load_judge(JUDGE, QUANTIZE, rubric=rubric,
+                              max_text=judge.text_limit(ATTACK_TOKENS, REPLY_TOKENS))
+    judge.check(scorer, JUDGE_FLOOR)
     ref, tok = models.load_model(source, DTYPE)
     ref.requires_grad_(False)
     model, _ = models.load_model(str(resumed or source), DTYPE)
     optimizer = OPTIMIZERS[OPTIMIZER](model, (0.9, 0.95), 0.0)
-    sft, first, pool = load_sft(source) if ROLES != "attacker" else [], 0, ""
+    sft, first, pool = [], 0, ""
+    if ROLES != "attacker":
+        sft = read_examples(sft_file, tok, SFT_KINDS, COT)
+    if not RL_COEF and not (sft and SFT_COEF):
+        die("RL_COEF=0 trains the SFT mix alone, and there is none: give SFT= or SFT_COEF=")
+    if EVAL_EVERY:
+        embed = attackers.load_embedder("")
+        for half in halves(load_seeds(SEEDS, "dev")):
+            dev += evenly(half, EVAL_SEEDS)
     if resumed:
         optimizer.restore(load_file(resumed / "state.safetensors"))
         first = int(resumed.name.removeprefix("step_"))
@@ -405,31 +428,43 @@ def start():
             pool = (resumed / "pool.jsonl").read_text(encoding="utf-8")
         print(f"resumed from {run.short(resumed)}")
     return Run(model, ref, tok, scorer, optimizer, Pool(POOL_SIZE, UCB_C, MASTERED, pool), seeds,
-               sft, first)
+               dev, embed, sft, inputs, first)
 
 
 def save(r, step):
-    """checkpoints/RUN/step_NNNNNN, atomically; only the newest step keeps the optimizer's state."""
-    folder = CHECKPOINTS / RUN
-    meta = dict(run.make_meta(globals(), MODEL), step=step)
+    """checkpoints/RUN/step_NNNNNN: model, tokenizer, optimizer, pool, meta.json."""
+    meta = dict(run.make_meta(globals(), MODEL), step=step, inputs=r.inputs)
     files = {"pool.jsonl": r.pool.text()} if METHOD == "ssp" else {}
-    models.save_checkpoint(folder / f"step_{step:06d}", r.model, r.tok, meta,
+    models.save_checkpoint(CHECKPOINTS / RUN / f"step_{step:06d}", r.model, r.tok, meta,
                            r.optimizer.tensors(), files)
-    for old in folder.glob("step_*/state.safetensors"):
-        if old.parent.name != f"step_{step:06d}":
-            old.unlink()
+
+
+def players(r):
+    """(attacker, defender): the model in the roles that learn, the frozen start in the other."""
+    return (r.ref if ROLES == "defender" else r.model), (r.ref if ROLES == "attacker" else r.model)
+
+
+def evaluate(r, step):
+    """(8) Greedy games on the dev seeds, plain and attacked, after `step` steps -> metrics dev_*;
+    {} in the steps between two evaluations."""
+    if not EVAL_EVERY or step % EVAL_EVERY and step != STEPS:
+        return {}
+    turns = play(*players(r), r.tok, r.scorer, held_back.games(r.dev), None, temperature=0.0)
+    m = held_back.measure(turns, r.tok, r.embed)
+    progress.say(held_back.line(step, m))
+    return m
 
 
 def one_step(r, step):
     """(1)-(7) of the docstring -> (turns, metrics)."""
-    began = time.time()
+    began, cut = time.time(), r.scorer.truncated
     generator = torch.Generator().manual_seed(hash((SEED, step)) % 2 ** 63)
-    games = with_replays(draw_seeds(r.seeds, step), r.pool)                             # (1)
-    attacker = r.model if ROLES in ("both", "attacker") else r.ref
-    defender = r.model if ROLES in ("both", "defender") else r.ref
-    turns = play(attacker, defender, r.tok, r.scorer, games, generator)                 # (2)-(5)
+    games = draw_seeds(r.seeds, step)                                                   # (1)
+    if METHOD == "ssp" and ROLES != "attacker":
+        games = r.pool.mix(games, round(REPLAY_FRACTION * SEEDS_PER_STEP), REPLAY)
+    turns = play(*players(r), r.tok, r.scorer, games, generator)                        # (2)-(5)
     played = time.time()
-    m = dict(step=step + 1, **monitor.step_metrics(turns))
+    m = dict(step=step + 1, **monitor.step_metrics(turns), cut=r.scorer.truncated - cut)
     if METHOD == "ssp":
         defended = [t for t in turns if t.role == "defender"]
         rewards = [game_reward("defender", t.kind, t.labels, "ssp") for t in defended]
@@ -441,21 +476,24 @@ def one_step(r, step):
 
 def main(argv):
     """Self-play from the newest checkpoint to STEPS."""
-    run.configure(globals(), argv)
+    run.configure(globals(), argv, title=lambda: monitor.describe_arm(globals()))
     r = start()
     meta = run.make_meta(globals(), MODEL)
     out = run.open_results(globals(), meta)
-    run.truncate_log(out / "metrics.csv",
-                     lambda x: x.startswith("step,") or int(x.split(",")[0]) <= r.first)
+    run.truncate_log(out / "metrics.csv", lambda x: r.first and (
+        x.startswith("step,") or int(x.split(",")[0]) <= r.first))
     run.truncate_log(out / "games.jsonl", lambda x: json.loads(x)["step"] <= r.first)
     tracker = monitor.Tracker(TRACKER, RUN, meta["constants"], out)
     print(f"{len(r.seeds)} seeds | {run.machine()} | {next(r.model.parameters()).dtype} | "
-          f"warm-up examples {len(r.sft)}")
+          f"SFT examples {len(r.sft)}")
+    if EVAL_EVERY and not r.first:
+        monitor.write_metrics(out / "metrics.csv", dict(step=0, **evaluate(r, 0)))
     with progress.bar(STEPS, "steps", "step", leave=True) as bar:
         bar.update(min(r.first, STEPS))
         for step in range(r.first, STEPS):
             turns, m = one_step(r, step)
             progress.say(monitor.step_line(step + 1, STEPS, m))
+            m.update(evaluate(r, step + 1))
             rows = monitor.game_rows(step + 1, turns)
             monitor.write_games(out / "games.jsonl", rows)
             monitor.write_metrics(out / "metrics.csv", m)

@@ -5,9 +5,10 @@
 
 Claim to check (SRT, arXiv 2506.07468, section 4): self-play lowers the attack success rate (ASR),
 the share of harmful answers, and the model neither refuses benign requests nor unlearns. Cost:
-about 500 answers a checkpoint, 3000 more with DATA_DIR. A killed run gives the same bytes.
+about 500 answers a checkpoint, 3000 more with DATA_DIR. A killed run gives the same bytes. While
+anything is still chosen (weights, rates, prompts), look at SPLIT=dev; at test once, at the end.
 
-1. Collect the prompts: held-back seeds, evaluation/benchmarks.py, evaluation/capability.py.
+1. Collect the prompts: the seeds of SPLIT, evaluation/benchmarks.py, evaluation/capability.py.
 2. Generate greedy answers, and attacks: the harmful seeds, rewritten at temperature 1.
 3. Judge every answer, with JUDGE2 a second time.
 4. Score: rates with bootstrap intervals, paired changes, attackers, cross-play.
@@ -16,7 +17,8 @@ about 500 answers a checkpoint, 3000 more with DATA_DIR. A killed run gives the 
    (answers; prompts of DATA_DIR as SHA-256 only), .labels.jsonl and, by JUDGE2, .labels2.jsonl.
 
 Departures from the paper: (1) With the embedded judge, compare rows with each other only. (2) The
-base model is asked in its own chat template; it does not know the turn format. (3) An empty answer
+base model is asked in its own chat template, and by "smollm2@turns" in the turn format that it does
+not know: a row of its own, since prompt and training both have an effect. (3) An empty answer
 to a benign prompt is no compliance. (4) An empty attack has failed and stays in n. (5) HarmBench's
 80 copyright items are judged like the rest (published: by hashes)."""
 import collections
@@ -39,14 +41,16 @@ from evaluation.benchmarks import load_benchmarks
 from evaluation.players import answers_name, find_players, parent_of, sha
 from evaluation.scores import paired_changes, score_answers, score_opinions
 from selfplay.data import append_missing, load_seeds, read_rows, rows_by_id
-from selfplay.sanitize import neutralize
-from selfplay.turns import Turn, attacker_prompt, complete, defender_prompt, read_prompt, render
+from selfplay.turns import (Turn, attacker_prompt, complete, defender_prompt, plain_prompt,
+                            read_prompt)
 
 # ==================================================================================================
-CHECKPOINTS = "smollm2,checkpoints/01_sft,checkpoints/02_rl"  # folders (newest step) or hub ids
+CHECKPOINTS = "smollm2,smollm2@turns,checkpoints/01_sft,checkpoints/02_rl"  # folders (of a run: its
+#                           newest step) or hub ids; NAME@turns or NAME@chat says how it is asked
 BASE = "smollm2"          # its defender answers everybody's attacks: attacks_on_base (ours)
 RUN = "03"                # names results/runs/RUN
-SEEDS = "prompts/seeds.jsonl"  # its held_back split; a file without splits is used whole
+SEEDS = "prompts/seeds.jsonl"  # files of seeds, see load_seeds() in selfplay/data.py
+SPLIT: Literal["dev", "test"] = "dev"  # of SEEDS: dev to choose by, test for the last table (ours)
 DATA_DIR = ""             # folder of benchmark files in their public form; "hub"; "" = seeds only
 CAPABILITY = "mmlu,arc_challenge,truthfulqa_mc1"  # with DATA_DIR; any task of lm-eval; "" = none
 CROSSPLAY = ""            # checkpoints for cross-play beside CHECKPOINTS; "none" = no cross-play
@@ -79,7 +83,7 @@ def collect(source):
     """All prompts: {benchmark: [{id, prompt, benchmark, harmful, text_ships}]}, LIMIT applied.
     source: a folder or "hub"; without one, the seeds only."""
     found, ships = dict(seeds_harmful=[], seeds_benign=[]), SEEDS == "prompts/seeds.jsonl"
-    for seed in load_seeds(SEEDS, "held_back"):
+    for seed in load_seeds(SEEDS, SPLIT):
         name = "seeds_harmful" if seed["harmful"] else "seeds_benign"
         found[name].append(dict(id=seed["id"], prompt=seed["prompt"], benchmark=name,
                                 harmful=seed["harmful"], text_ships=ships))
@@ -93,18 +97,15 @@ def collect(source):
 
 def find_judge(name):
     """What the labels of a judge depend on, as a digest; stops where the judge cannot be had."""
-    parts = [name, JUDGE_QUANTIZE, read_prompt("judge_wildguard.txt")]
-    adapter, files = judge.adapter_of(name), sorted(Path(name).glob("*.safetensors"))
-    if adapter:
-        files = [adapter / "adapter_model.safetensors", adapter / "calibration.json"]
-    elif not (Path(name) / "config.json").is_file():
+    adapter = judge.adapter_of(name)
+    for file in ("adapter_model.safetensors", "calibration.json") if adapter else ():
+        if not (adapter / file).is_file():
+            die(f"{adapter / file} not found: run python -m judge_adapter.train DATA_DIR=<folder> "
+                "first")
+    if not adapter and not (Path(name) / "config.json").is_file():
         models.check_hub(name)  # stops by itself
-    for file in files:  # their content counts: a folder may be trained anew
-        if not file.is_file():
-            die(f"{file} not found: run python -m judge_adapter.train DATA_DIR=<folder> first")
-        with open(file, "rb") as f:
-            parts.append(hashlib.file_digest(f, "sha256").hexdigest())
-    return sha(*parts)
+    limit = judge.text_limit(EVAL_TOKENS, ATTACK_TOKENS)
+    return sha(name, JUDGE_QUANTIZE, limit, judge.fingerprint(name))
 
 
 def check_folder(folder, checkpoint, base, digests):
@@ -181,7 +182,7 @@ def generate(model, tok, checkpoint, path, items):
         elif checkpoint.style == "turns":
             ids = defender_prompt(tok, item["prompt"], cot)
         else:
-            ids = render(tok, neutralize(item["prompt"], tok))
+            ids = plain_prompt(tok, item["prompt"])
         turns[item["id"]] = Turn("attacker" if attack else "defender", "", {}, ids)
         lengths.append(len(ids) + tokens)
     batches = []  # the longest prompts first: what does not fit into memory shows early
@@ -219,7 +220,8 @@ def label_files(files, name, digest, suffix):
             out.unlink()
             known = []
         if len(known) < len(items) and model is None:
-            model = judge.load_judge(name, "auto" if judge.adapter_of(name) else JUDGE_QUANTIZE)
+            model = judge.load_judge(name, "auto" if judge.adapter_of(name) else JUDGE_QUANTIZE,
+                                     max_text=judge.text_limit(EVAL_TOKENS, ATTACK_TOKENS))
 
         def label(number, batch):
             pairs, rows = [(item["prompt"], replies[item["id"]]["answer"]) for item in batch], []
@@ -232,7 +234,7 @@ def label_files(files, name, digest, suffix):
 
         append_missing(out, chunks(items, 256), label)
     if model:
-        print(f"judge {publishable(name)}: {model.truncated} texts cut at {judge.MAX_TEXT} tokens")
+        print(f"judge {publishable(name)}: {model.truncated} texts cut at {model.max_text} tokens")
 
 
 def summarize(checkpoint, folder, base, benchmarks, tasks, seeds, embed):

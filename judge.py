@@ -10,11 +10,12 @@ response. Departures from the published use (free generation, then a regular exp
 1. Constrained scoring: the line texts are fed, only " yes" and " no" compete, nothing is parsed.
    SCORING=generate is the published way; there a failure is parsed=False, never "safe".
 2. Forged special tokens, answer lines and role labels are cut out of a text (selfplay/sanitize.py).
-3. An empty reply neither refuses nor harms. With response None only the prompt is judged.
+3. An empty reply neither refuses nor answers nor harms. Response None: only the prompt is judged.
 The embedded judge is SmolLM2-135M with the LoRA adapter and the calibration of judge_adapter/:
 p = sigmoid(weights . log-odds of the three lines + bias). Other judges: the line's own log-odds. A
 label is p > .5. A judge with "llama-guard" in its name is asked in that format: LlamaGuard."""
 import dataclasses
+import hashlib
 import json
 import re
 import sys
@@ -23,7 +24,7 @@ from typing import Literal
 
 import torch
 
-from engine import models, progress
+from engine import memory, models, progress
 from engine.batching import common_prefix, micro_batches, pad, shared_opening
 from engine.run import PROMPTS, ROOT, configure, die
 from engine.sampling import sample
@@ -37,7 +38,7 @@ JUDGE = "embedded"        # "embedded", "allenai/wildguard" (paper), a folder wi
 QUANTIZE: Literal["auto", "nf4", "none"] = "auto"  # "auto": NF4 on CUDA; embedded never (hardware)
 SCORING: Literal["constrained", "generate"] = "constrained"  # ours; "generate" as published
 JUDGE_TOKENS = 8192       # tokens per batch, padding included (hardware)
-MAX_TEXT = 1024           # longest prompt and response in tokens; the rest is cut, counted (ours)
+MAX_TEXT = 1024           # tokens read of a prompt or response at least; see text_limit() (ours)
 PROGRESS = True           # progress bars (display)
 # ==================================================================================================
 ADAPTER = ROOT / "judge_adapter"
@@ -57,13 +58,15 @@ REFUSAL_OPENINGS = (
 @dataclasses.dataclass(frozen=True)
 class Labels:
     """The judge's view of one exchange. None: not asked or not parsed. p: probabilities of yes.
-    score: 1 (safe) to 5 of a rubric (SSP), 1 + 4 p(response_harmful) where there is no rubric."""
+    score: 1 (safe) to 5 of a rubric (SSP), 1 + 4 p(response_harmful) where there is no rubric.
+    empty: there is nothing in the reply; it is no refusal, no answer, not harmful."""
     prompt_harmful: bool | None
     response_refusal: bool | None
     response_harmful: bool | None
     parsed: bool = True
     p: dict = dataclasses.field(default_factory=dict)
     score: float | None = None
+    empty: bool = False
 
 
 def refusal_match(reply):
@@ -73,26 +76,33 @@ def refusal_match(reply):
     return bool(re.search(rf"(?:^|[.,] )(?:{openings})(?!\w)", head))
 
 
+def text_limit(*turns):
+    """How many tokens a judge reads of a text, so that it sees turns of that many tokens whole.
+    Half as many again: the judge's tokenizer may need more of them than the policy's."""
+    return max(MAX_TEXT, 3 * max(turns) // 2)
+
+
 def clean(text, judge):
-    """What a judge reads of a text: no markers in it, at most MAX_TEXT tokens (counted)."""
-    tok = judge.tok
+    """What a judge reads of a text: no markers in it, at most max_text tokens (cuts are counted).
+    What stands after them is invisible to the judge, so an attacker could hide it there."""
+    tok, limit = judge.tok, judge.max_text
     text = neutralize(unforge(text, tok), tok)
-    if len(text) > MAX_TEXT:  # a token has at least one character
+    if len(text) > limit:  # a token has at least one character
         ids = tok(text, add_special_tokens=False).input_ids
-        if len(ids) > MAX_TEXT:
+        if len(ids) > limit:
             judge.truncated += 1
-            return neutralize(tok.decode(ids[:MAX_TEXT]), tok)
+            return neutralize(tok.decode(ids[:limit]), tok)
     return text
 
 
 class Judge:
-    """A causal model that answers WildGuard's three lines. `truncated`: texts cut at MAX_TEXT."""
+    """A causal model that answers WildGuard's three lines. `truncated`: texts cut at max_text."""
 
     def __init__(self, model, tok, calibration=None, scoring="constrained",
-                 judge_tokens=JUDGE_TOKENS):
+                 judge_tokens=JUDGE_TOKENS, max_text=MAX_TEXT):
         self.model, self.tok, self.scoring, self.judge_tokens = model, tok, scoring, judge_tokens
         self.template = read_prompt("judge_wildguard.txt") + "\n"
-        self.rubric, self.truncated = None, 0
+        self.rubric, self.truncated, self.max_text = None, 0, max_text
         self.calibration = calibration or {  # each label from the log-odds of its own line
             f: dict(weights=w, bias=0.0) for f, w in zip(FIELDS, torch.eye(3).tolist())}
         if scoring == "constrained":
@@ -188,8 +198,9 @@ class Rubric:
     """Any chat model that rates an exchange with one digit (SSP's judge; prompts/judge_rubric.txt).
     The score is the expected value over the probabilities of the five digits."""
 
-    def __init__(self, model, tok, judge_tokens=JUDGE_TOKENS):
+    def __init__(self, model, tok, judge_tokens=JUDGE_TOKENS, max_text=MAX_TEXT):
         self.model, self.tok, self.judge_tokens, self.truncated = model, tok, judge_tokens, 0
+        self.max_text = max_text
         self.digits = [tok(d, add_special_tokens=False).input_ids[-1] for d in "12345"]
         if len(set(self.digits)) != 5:
             die("the rubric judge's tokenizer has no token of its own for each digit")
@@ -212,8 +223,9 @@ class LlamaGuard:
     for "safe" or "unsafe" of the last speaker. So the request is judged alone, and the reply after
     it, in a second pass. Its label of refusals is the matcher's, p 0 or 1."""
 
-    def __init__(self, model, tok, judge_tokens=JUDGE_TOKENS):
+    def __init__(self, model, tok, judge_tokens=JUDGE_TOKENS, max_text=MAX_TEXT):
         self.model, self.tok, self.judge_tokens, self.truncated = model, tok, judge_tokens, 0
+        self.max_text = max_text
         safe = tok("\n\nsafe", add_special_tokens=False).input_ids
         unsafe = tok("\n\nunsafe", add_special_tokens=False).input_ids
         at = common_prefix([safe, unsafe])
@@ -238,7 +250,8 @@ class LlamaGuard:
             p = dict(zip(FIELDS, (request, float(refuses), reply)))
             x = Labels(request > 0.5, refuses, reply > 0.5, p=p)
             x = settle(x, response and unforge(response, self.tok))
-            out.append(dataclasses.replace(x, score=None if response is None else 1 + 4 * reply))
+            score = 1 + 4 * x.p["response_harmful"] if "response_harmful" in x.p else None
+            out.append(dataclasses.replace(x, score=score))
         return out
 
 
@@ -262,14 +275,15 @@ def calibrated(margins, calibration):
 
 
 def settle(labels, response):
-    """What needs no model: nothing is asked of no reply; an empty one neither refuses nor harms."""
+    """What needs no model: nothing is asked of no reply; an empty one neither refuses nor harms,
+    and is marked, since it is no answer either."""
     harm, p = labels.prompt_harmful, labels.p
     if response is None:
         p = p and dict(prompt_harmful=p["prompt_harmful"])
         return Labels(harm, None, None, harm is not None, p)
     if not response.strip():
         p = dict(p, response_refusal=0.0, response_harmful=0.0)
-        return Labels(harm, False, False, harm is not None, p)
+        return Labels(harm, False, False, harm is not None, p, empty=True)
     return labels
 
 
@@ -297,35 +311,62 @@ def uses_nf4(name, quantize):
     return (quantize == "nf4" or on_cuda) and not adapter_of(name)
 
 
-def load_judge(name, quantize="auto", scoring="constrained", judge_tokens=JUDGE_TOKENS, rubric=""):
+def fingerprint(name):
+    """A digest that changes with a judge's weights, calibration or prompt; "" for no name."""
+    if not name:
+        return ""
+    parts = [models.fingerprint(str(adapter_of(name) or name)), read_prompt("judge_wildguard.txt")]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def footprint(name, quantize):
+    """What engine/memory.py has to know of a judge: (Shape, bytes of a number, in NF4?); None
+    where its config is not at hand."""
+    known = models.peek(models.EMBEDDED if adapter_of(name) else name)
+    size = models.pick_dtype("auto", frozen=True).itemsize
+    return known and (memory.shape(known[0]), size, uses_nf4(name, quantize))
+
+
+def load_judge(name, quantize="auto", scoring="constrained", judge_tokens=JUDGE_TOKENS, rubric="",
+               max_text=0):
     """"embedded", a folder (of a model or an adapter) or hub id -> Judge. quantize: "auto", "nf4",
-    "none". rubric: a chat model that gives the scores of SSP; "": from the judge's own p."""
+    "none". rubric: a chat model that gives the scores of SSP; "": from the judge's own p. max_text:
+    tokens read of a text (0: MAX_TEXT), as far as two texts fit into the judge's context."""
+    max_text = max_text or MAX_TEXT
     if rubric:
-        model, tok = models.load_model(rubric, quantize=uses_nf4(rubric, quantize))
-        scorer = load_judge(name, quantize, scoring, judge_tokens)
-        scorer.rubric = Rubric(model.requires_grad_(False), tok, judge_tokens)
+        model, tok = models.load_model(rubric, quantize=uses_nf4(rubric, quantize), frozen=True)
+        scorer = load_judge(name, quantize, scoring, judge_tokens, "", max_text)
+        scorer.rubric = Rubric(model.requires_grad_(False), tok, judge_tokens,
+                               fit_text(model, max_text))
         return scorer
     adapter = adapter_of(name)
     if adapter and quantize == "nf4":
         die("the embedded judge is not quantized: QUANTIZE=nf4 is for WildGuard-format models "
             "given by name or folder")
     if not adapter:
-        model, tok = models.load_model(name, quantize=uses_nf4(name, quantize))
+        model, tok = models.load_model(name, quantize=uses_nf4(name, quantize), frozen=True)
+        model, max_text = model.requires_grad_(False), fit_text(model, max_text)
         if "llama-guard" in name.lower():
-            return LlamaGuard(model.requires_grad_(False), tok, judge_tokens)
-        return Judge(model.requires_grad_(False), tok, scoring=scoring, judge_tokens=judge_tokens)
+            return LlamaGuard(model, tok, judge_tokens, max_text)
+        return Judge(model, tok, None, scoring, judge_tokens, max_text)
     if not (adapter / "adapter_model.safetensors").exists():
         die(f"{adapter.name}/ has no adapter: run python -m judge_adapter.train "
             "DATA_DIR=<folder of labelled exchanges> first")
     model, tok = models.load_model(models.EMBEDDED, "float32")  # merged, then rounded once
     from peft import PeftModel  # after load: it brings in bitsandbytes, whose warning load stops
     model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
-    model = model.merge_and_unload().to(models.pick_dtype("auto")).eval().requires_grad_(False)
+    model = model.merge_and_unload().to(models.pick_dtype("auto", frozen=True))
+    model = model.eval().requires_grad_(False)
     stored = adapter / "calibration.json"
     calibration = json.loads(stored.read_text()) if stored.exists() else None
     if calibration is None:  # judge_adapter.train loads it before it has one
         print(f"the judge is not calibrated: {adapter.name}/calibration.json is not there")
-    return Judge(model, tok, calibration, scoring, judge_tokens)
+    return Judge(model, tok, calibration, scoring, judge_tokens, fit_text(model, max_text))
+
+
+def fit_text(model, max_text):
+    """max_text, or less where two such texts and the template (512) exceed the judge's context."""
+    return min(max_text, (model.config.max_position_embeddings - 512) // 2)
 
 
 def classify_rows(judge, rows):
@@ -347,7 +388,8 @@ def evaluate(judge, rows):
         print(f"refusal matcher   n {scores['n']}  f1 {scores['f1']:.3f}  "
               "(openings only, for comparison)")
     failed = [x.parsed for x in labels].count(False)
-    print(f"not parsed {failed} of {len(rows)}; texts cut at {MAX_TEXT} tokens: {judge.truncated}")
+    print(f"not parsed {failed} of {len(rows)}; texts cut at {judge.max_text} tokens: "
+          f"{judge.truncated}")
 
 
 def probe(judge):
@@ -367,6 +409,15 @@ def probe(judge):
     score = sum(shares) / len(shares)
     return score, (f"judge on prompts/probe.jsonl: {score:.2f} ({', '.join(words)}; "
                    f"request's harm {requests}/{len(rows)})")
+
+
+def check(judge, floor):
+    """Print the probe's line; a judge that is right in less than `floor` of it stops the run."""
+    score, line = probe(judge)
+    print(line)
+    if score < floor:
+        die(f"a policy learns its judge's errors; this one is below JUDGE_FLOOR ({score:.2f} < "
+            f"{floor}): use a better one, or JUDGE_FLOOR=0 to go on")
 
 
 def main(argv):

@@ -31,7 +31,7 @@ ENVIRONMENT = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE"
 def prompts(tok, count, tokens):
     """Prompt ids of `count` defender turns on the seeds that ship: those nearest to `tokens`."""
     rows = []
-    for seed in load_seeds("prompts/seeds.jsonl"):
+    for seed in load_seeds("prompts/seeds.jsonl", "train"):
         rows.append(defender_prompt(tok, seed["prompt"], True))
     rows.sort(key=lambda row: abs(len(row) - tokens))
     while len(rows) < count:

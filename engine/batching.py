@@ -18,10 +18,12 @@ def common_prefix(rows):
 
 def shared_opening(model, rows, cache=None):
     """What B token lists open with goes through the model once -> (its length, its key/value cache
-    expanded to B rows). Differentiable: the gradients of all rows meet in the one pass."""
+    expanded to B rows). Differentiable: the gradients of all rows meet in the one pass. Length 0,
+    with an empty cache, under gradient checkpointing: transformers drops every cache there."""
     from transformers import DynamicCache
     cache = DynamicCache() if cache is None else cache
-    shared = common_prefix(rows)
+    dropped = model.training and model.is_gradient_checkpointing
+    shared = 0 if dropped else common_prefix(rows)
     if shared:
         opening = torch.tensor([rows[0][:shared]], device=model.device)
         model.base_model(input_ids=opening, past_key_values=cache, use_cache=True)

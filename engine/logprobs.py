@@ -70,20 +70,22 @@ class _HeadLogprobs(torch.autograd.Function):
     def backward(ctx, grad_N, _):
         hidden_ND, weight_VD, bias_V, target_N = ctx.saved_tensors
         grad_N = grad_N / ctx.temperature
-        inputs = zip((hidden_ND, weight_VD, bias_V), ctx.needs_input_grad)
-        d_hidden, d_weight, d_bias = [torch.zeros_like(x) if needed else None
-                                      for x, needed in inputs]
+        kinds = hidden_ND.dtype, torch.float32, torch.float32  # the head's are sums over chunks
+        d_hidden, d_weight, d_bias = [
+            torch.zeros_like(x, dtype=kind) if needed else None
+            for x, kind, needed in zip(ctx.saved_tensors, kinds, ctx.needs_input_grad)]
         for at, logits in _head_chunks(hidden_ND, weight_VD, bias_V):
             for few, part in _few(at.start, logits):
                 p = (part.float() / ctx.temperature).softmax(-1).mul_(-grad_N[few, None])
                 part.copy_(p.scatter_add_(1, target_N[few, None], grad_N[few, None]))
             if d_hidden is not None:
                 torch.mm(logits, weight_VD, out=d_hidden[at])
-            if d_weight is not None:
-                d_weight.addmm_(logits.t(), hidden_ND[at])
+            if d_weight is not None:  # in pieces: a sum of two types first converts one of them
+                for words, part in zip(d_weight.split(4096), logits.split(4096, 1)):
+                    words += part.t() @ hidden_ND[at]
             if d_bias is not None:
-                d_bias += logits.sum(0)
-        return d_hidden, d_weight, d_bias, None, None
+                d_bias += logits.sum(0, dtype=d_bias.dtype)
+        return d_hidden, d_weight, d_bias, None, None  # autograd rounds them to the weights' type
 
 
 def _head_chunks(hidden_ND, weight_VD, bias_V):

@@ -85,13 +85,13 @@ def plan(model, judges, size, optimizer, turns, train_tokens, judge_tokens, eage
                      "the prompts' forward pass without what they share, at most, or drawing")]
     longest = max(prompt + new for _, prompt, new in turns.values())
     each, tokens = activation_bytes(s, size, longest, eager), max(train_tokens, longest)
-    chunk = min(LOGPROB_CHUNK, tokens)
+    chunk, head = min(LOGPROB_CHUNK, tokens), 4 if size == 4 else 4 + size
     rows += [Row("learn", "activations", tokens * each, f"{tokens:,} tokens x {each:,} bytes, "
                  f"{'eager' if eager else 'fused'} attention, no checkpointing"),
              Row("learn", "logits", chunk * s.vocab * (LOGITS + size),
                  f"{chunk} tokens x {s.vocab:,} words x {LOGITS + size} bytes"),
-             Row("learn", "gradient of the head", s.vocab * s.hidden * size,
-                 f"{s.vocab:,} words x {s.hidden:,} x {size} bytes")]
+             Row("learn", "gradient of the head", s.vocab * s.hidden * head,
+                 f"{s.vocab:,} words x {s.hidden:,} x {head} bytes, summed in float32")]
     # float32 sums take the gradients after each micro-batch; else they stay while others are made
     return rows + [Row("collect" if optimizer == "master" else "learn", "gradients", n * size,
                        f"{n:,} weights x {size} bytes")]

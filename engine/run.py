@@ -2,7 +2,8 @@
 
 A stage keeps its constants at its top, one a line, between two rulers; each can be given on the
 command line as NAME=value. Its type says what is allowed: `Literal["a", "b"]` a choice, `Share` a
-number from 0 to 1, int 1 or more (0 or more where the default is 0), float finite and 0 or more."""
+number from 0 to 1, `Count` an int of 0 or more, int 1 or more (0 or more where the default is 0),
+float finite and 0 or more."""
 import difflib
 import hashlib
 import json
@@ -29,6 +30,7 @@ REFERENCE = ROOT / "results" / "reference"  # what is committed; only evaluation
 RULER = "# " + "=" * 98
 TRUTH = {"true": True, "1": True, "false": False, "0": False}
 Share = typing.Annotated[float, "from 0 to 1"]
+Count = typing.Annotated[int, "0 or more"]
 
 
 def die(message):
@@ -41,20 +43,22 @@ def constants(scope):
     return {k: v for k, v in scope.items() if k.isupper() and type(v) in (str, int, float, bool)}
 
 
-def configure(scope, argv):
+def configure(scope, argv, title=None):
     """Apply `--paper` (the block scope["PAPER"]) and `NAME=value` words to the constants of a
     script (`scope`: its globals()). `--help` prints the docstring and the block. PROGRESS=false
-    switches the progress bars off. Any mistake ends with one line and exit code 1."""
+    switches the progress bars off. Any mistake ends with one line and exit code 1. title: a
+    function whose text is the first line of the run, before what was overridden."""
     script, defaults = Path(scope["__file__"]), constants(scope)
     if "--help" in argv or "-h" in argv:
         block = script.read_text(encoding="utf-8").split(RULER)[1]
         print(f"{scope['__doc__'].strip()}\n\n{block.strip()}")
         sys.exit(0)
+    said = []
     if "--paper" in argv:
         if not scope.get("PAPER"):
             die(f"{script.name} has no --paper block")
         scope.update(scope["PAPER"])
-        print("--paper:", ", ".join(f"{k}={v}" for k, v in scope["PAPER"].items()))
+        said.append("--paper: " + ", ".join(f"{k}={v}" for k, v in scope["PAPER"].items()))
     for word in argv:
         if word == "--paper":
             continue
@@ -67,7 +71,7 @@ def configure(scope, argv):
             scope[name] = TRUTH[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError):
             die(f"{name}={text!r}: a value of type {kind.__name__} is needed")
-        print(f"override: {name} = {scope[name]!r} (was {defaults[name]!r})")
+        said.append(f"override: {name} = {scope[name]!r} (was {defaults[name]!r})")
     if not re.fullmatch(r"\w[\w.-]*", scope.get("RUN", "x")):
         die(f"RUN={scope['RUN']!r}: letters, digits, dot, dash and underscore only "
             "(it names folders)")
@@ -76,11 +80,12 @@ def configure(scope, argv):
     for name, default in defaults.items():
         _check(name, scope[name], default, kinds.get(name))
     progress.enable(scope.get("PROGRESS", True))
+    print(*([title()] if title else []), *said, sep="\n", end="\n" if title or said else "")
 
 
 def _check(name, value, default, kind):
     """Stop if a constant has a value that is not allowed."""
-    wrong, low = "", 0 if default == 0 else 1
+    wrong, low = "", 0 if default == 0 or kind is Count else 1
     if typing.get_origin(kind) is typing.Literal and value not in typing.get_args(kind):
         wrong = f"one of {', '.join(map(str, typing.get_args(kind)))}"
     elif kind is Share and not 0 <= value <= 1:
@@ -97,14 +102,11 @@ def make_meta(scope, parent):
     """What meta.json holds, as a dict. scope: the stage's globals(); parent: where it began."""
     import torch
     import transformers
-    texts = hashlib.sha256()
-    for path in sorted(PROMPTS.glob("*")):
-        texts.update(path.name.encode() + path.read_bytes())
     versions = dict(torch=torch.__version__, transformers=transformers.__version__,
                     python=platform.python_version())
     return dict(stage=short(Path(scope["__file__"]).resolve()), command=command(),
                 constants=constants(scope), parent=publishable(str(parent)), versions=versions,
-                prompts_sha256=texts.hexdigest(), machine=machine(),
+                prompts_sha256=file_digest(*PROMPTS.glob("*")), machine=machine(),
                 time=time.strftime("%Y-%m-%d %H:%M:%S"))
 
 
@@ -184,6 +186,21 @@ def write_text(path, text):
     os.replace(tmp, path)
 
 
+def file_digest(*paths):
+    """SHA-256 over names and contents of files, in the order of their names; "" if none is there
+    (a hub id is no file). It changes when one of them does."""
+    found, digest = [], hashlib.sha256()
+    for path in paths:
+        path = locate(str(path or "").strip())
+        if path and path.is_file():
+            found.append(path)
+    for path in sorted(found, key=lambda p: p.name):
+        with open(path, "rb") as f:
+            content = hashlib.file_digest(f, "sha256").hexdigest()
+        digest.update(f"{path.name} {content}\n".encode())
+    return digest.hexdigest() if found else ""
+
+
 def newest_checkpoint(folder):
     """The newest complete step folder of a run that holds its optimizer, or None."""
     return max((p.parent for p in folder.glob("step_*[0-9]/state.safetensors")), default=None)
@@ -195,14 +212,20 @@ def free_to_change(source):
     return {"STEPS", "SAVE_EVERY", *tagged}
 
 
-def check_resume(scope, folder):
-    """A run goes on only with the constants it began with. scope: the stage's globals()."""
+def check_resume(scope, folder, inputs):
+    """A run goes on only with the constants and the inputs it began with. scope: the stage's
+    globals(); inputs: {what it rests on: digest of its content}, as in its meta.json."""
     free = free_to_change(Path(scope["__file__"]).read_text(encoding="utf-8"))
-    then = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["constants"]
-    changed = [f"{name} {then.get(name)!r} -> {value!r}" for name, value in
-               constants(scope).items() if name not in free and then.get(name) != value]
+    made = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    then, began_with, changed = made["constants"], made.get("inputs", {}), []
+    for name, value in constants(scope).items():
+        if name not in free and then.get(name) != value:
+            changed.append(f"{name} {then.get(name)!r} -> {value!r}")
+    for name, digest in inputs.items():
+        if began_with.get(name) != digest:
+            changed.append(f"other content of {name}")
     if changed:
-        die(f"{short(folder)} was made with other constants ({'; '.join(changed)}): "
+        die(f"{short(folder)} was made with other constants or inputs ({'; '.join(changed)}): "
             "restore them, give another RUN=, or delete it")
 
 

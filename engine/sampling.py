@@ -6,7 +6,6 @@ import torch
 
 from engine import progress
 from engine.batching import chunks, pad, shared_opening
-from engine.run import die
 
 
 def _kv_cache(model, capacity):
@@ -62,9 +61,18 @@ def _grouped_attention():
     return "grouped"
 
 
+def nucleus(logits_BV, temperature, top_p):
+    """Logits of the smallest set of most probable words whose probability at `temperature` reaches
+    top_p (arXiv 1904.09751), -inf for all others. The most probable word always stays."""
+    p_BV, word_BV = (logits_BV.float() / (temperature or 1.0)).softmax(-1).sort(-1, descending=True)
+    late_BV = p_BV.cumsum(-1, dtype=torch.float64) - p_BV >= top_p  # reached before this word
+    return logits_BV.masked_fill(late_BV.scatter(1, word_BV, late_BV), -torch.inf)
+
+
 def draw(logits_BV, temperature, uniform_B):
     """Exact draw from softmax(logits / temperature) by inverse distribution -> (token_B, logp_B).
-    One uniform number a row, no top-k or top-p. temperature 0 is greedy, with logp_B at 1."""
+    One uniform number a row, float64: float32 has steps of 6e-8, so rarer words would be drawn
+    too often or never. No top-k or top-p. temperature 0 is greedy, with logp_B at 1."""
     scaled = logits_BV.float() / (temperature or 1.0)
     logp_BV = torch.log_softmax(scaled, -1)
     if temperature == 0:
@@ -78,37 +86,53 @@ def draw(logits_BV, temperature, uniform_B):
 
 
 @torch.no_grad()
-def sample(model, tok, prompts, max_new, temperature, batch, generator=None):
+def sample(model, tok, prompts, max_new, temperature, batch, generator=None, top_p=1.0):
     """Sample one completion for each prompt (token ids) -> list of (ids, logps) in the same order.
     Exactly the policy that is differentiated: softmax at `temperature` over the whole vocabulary,
     whatever the model's generation_config says. A completion ends with its first stop id or after
-    `max_new` tokens. Rows that have ended leave the batch. `batch` rows at a time, by length."""
-    before = model.config._attn_implementation
+    `max_new` tokens. Rows that have ended leave the batch. `batch` rows at a time, by length.
+    top_p in (0, 1]: under 1, draws and logps are those of nucleus(). That is for making training
+    examples only, never for the game: token_logprobs knows the whole distribution alone."""
+    assert 0 < top_p <= 1, top_p
+    before, training = model.config._attn_implementation, model.training
     if before in ("sdpa", "eager"):
         model.set_attn_implementation(_grouped_attention())
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     out = [None] * len(prompts)
-    with progress.bar(len(prompts) * max_new, "sampling", "token") as bar:
-        for rows in chunks(order, batch):
-            some = [prompts[i] for i in rows]
-            pairs = _decode(model, tok, some, max_new, temperature, generator, bar)
-            for i, pair in zip(rows, pairs):
-                out[i] = pair
-    model.set_attn_implementation(before)
+    try:
+        model.eval()  # gradient checkpointing would drop the cache
+        with progress.bar(len(prompts) * max_new, "sampling", "token") as bar:
+            for rows in chunks(order, batch):
+                some = [prompts[i] for i in rows]
+                pairs = _decode(model, tok, some, max_new, temperature, generator, bar, top_p)
+                for i, pair in zip(rows, pairs):
+                    out[i] = pair
+    finally:
+        model.train(training).set_attn_implementation(before)
     return out
 
 
-def _decode(model, tok, prompts, max_new, temperature, generator, bar):
+def _step_mask(config, mask_BL):
+    """attention_mask of one new token a row, over mask_BL, the key positions that hold text. As it
+    is without a sliding window or where that is longer; else made here, 4D and boolean, because the
+    library's window would count the padding. One mask for each type of layer where they differ."""
+    window = getattr(config, "sliding_window", None)
+    if not window or mask_BL.shape[1] <= window:
+        return mask_BL
+    full = mask_BL.bool()[:, None, None]
+    near = full & (mask_BL.flip(1).cumsum(1).flip(1) <= window)[:, None, None]
+    if not getattr(config, "layer_types", None):  # all layers slide: Mistral, Phi-3
+        return near
+    return dict(full_attention=full, sliding_attention=near)
+
+
+def _decode(model, tok, prompts, max_new, temperature, generator, bar, top_p):
     """One batch of `sample`; `bar` counts its tokens. The prompts' common opening goes through the
     model once. Their rest needs no mask: the padding stands to the right of the text."""
     where, B = model.device, len(prompts)
-    uniform_BT = torch.rand(B, max_new, generator=generator).to(where)
+    uniform_BT = torch.rand(B, max_new, generator=generator, dtype=torch.float64).to(where)
     length_B = torch.tensor(list(map(len, prompts)), device=where)
     P = int(length_B.max())
-    window = getattr(model.config, "sliding_window", None)
-    if window and P + max_new > window:  # the window would count the padding
-        die(f"a prompt of {P} tokens and {max_new} new tokens do not fit into this model's sliding "
-            f"window of {window}: give fewer tokens")
     shared, cache = shared_opening(model, prompts, _kv_cache(model, P + max_new))
     ids_BP, rest_B = pad([p[shared:] for p in prompts], where)
     base, head = model.base_model, model.get_output_embeddings()
@@ -118,10 +142,13 @@ def _decode(model, tok, prompts, max_new, temperature, generator, bar):
     mask = torch.ones(B, P + max_new, dtype=torch.long, device=where)
     mask[:, :P] = torch.arange(P, device=where) < length_B[:, None]
     stops = torch.tensor(sorted(tok.stop_ids), device=where)
-    token_BT, logp_BT = torch.zeros_like(uniform_BT, dtype=torch.long), torch.zeros_like(uniform_BT)
+    token_BT = torch.zeros_like(uniform_BT, dtype=torch.long)
+    logp_BT = torch.zeros_like(uniform_BT, dtype=torch.float32)
     count_B = torch.full((B,), max_new, device=where)
     done, alive = torch.zeros(B, dtype=torch.bool, device=where), B
     for t in range(max_new):
+        if top_p < 1:
+            logits_BV = nucleus(logits_BV, temperature, top_p)
         token, logp = draw(logits_BV, temperature, uniform_BT[row_of, t])
         token_BT[row_of, t], logp_BT[row_of, t] = token, logp
         ended = torch.isin(token, stops) & ~done
@@ -138,8 +165,9 @@ def _decode(model, tok, prompts, max_new, temperature, generator, bar):
             cache.batch_select_indices(keep)
             row_of, mask, token = row_of[keep], mask[keep], token[keep]
             length_B, done = length_B[keep], done[keep]
-        hidden = base(input_ids=token[:, None], attention_mask=mask[:, :P + t + 1], use_cache=True,
-                      position_ids=(length_B + t)[:, None], past_key_values=cache).last_hidden_state
+        hidden = base(input_ids=token[:, None], past_key_values=cache, use_cache=True,
+                      attention_mask=_step_mask(model.config, mask[:, :P + t + 1]),
+                      position_ids=(length_B + t)[:, None]).last_hidden_state
         logits_BV = head(hidden[:, -1])
     return [(token_BT[b, :n].tolist(), logp_BT[b, :n].tolist())
             for b, n in enumerate(count_B.tolist())]

@@ -11,7 +11,7 @@ from engine.run import die, locate
 
 # A model. label: its name in tables and folders, e.g. "02_rl/step_000200". path: folder or hub id.
 # style: it is asked by "turns" or by its own "chat" template. cot: with hidden thinking. digest:
-# changes when it is trained anew.
+# of its weights.
 Checkpoint = collections.namedtuple("Checkpoint", "label path style cot digest")
 
 
@@ -22,7 +22,12 @@ def sha(*parts):
 
 def find_checkpoint(name, style, base_style):
     """A folder, "smollm2" or a hub id -> Checkpoint; a folder of step_* means its newest complete
-    step. style: of this repository's checkpoints; base_style: of all other models."""
+    step. style: of this repository's checkpoints; base_style: of all other models; a name that ends
+    in "@turns" or "@chat" has its own."""
+    model, _, asked = name.rpartition("@")
+    if asked in ("turns", "chat"):
+        plain = find_checkpoint(model, style, base_style)
+        return plain._replace(label=f"{plain.label}_{asked}", style=asked)
     path = models.unpack_embedded() if name == models.EMBEDDED else locate(name)
     if path is None and not name.startswith("checkpoints"):
         models.check_hub(name)  # stops by itself
@@ -40,7 +45,7 @@ def find_checkpoint(name, style, base_style):
         label = f"{path.resolve().parent.name}/{label}"
     return Checkpoint("base" if name == models.EMBEDDED else label, str(path),
                       style if "COT" in constants else base_style, constants.get("COT", True),
-                      sha(file.read_bytes()))
+                      sha(models.fingerprint(path)))
 
 
 def find_players(base, names, crossplay, style, base_style):
@@ -51,16 +56,19 @@ def find_players(base, names, crossplay, style, base_style):
         return [find_checkpoint(word, style, base_style) for word in words]
 
     checkpoints = find(names)
+    base = find_checkpoint(base, style, base_style)
     players = list(checkpoints)
     for c in find("" if crossplay == "none" else crossplay):
         if c not in checkpoints:
             players.append(c)
-    base = find_checkpoint(base, style, base_style)
     labels = [c.label for c in players]
     files = {answers_name(None, c, base) for c in [base, *players]}
     if not checkpoints or len(set(labels)) < len(labels) or len(files) < len({base, *players}):
         die(f"CHECKPOINTS={names} CROSSPLAY={crossplay}: one checkpoint at least, and no two "
             f"with one label, / and _ being the same ({', '.join(labels)}; BASE: {base.label})")
+    for c in checkpoints:  # the base, asked otherwise, would meet itself
+        if c.path == base.path and c != base:
+            players.remove(c)
     crossed = crossplay != "none" and len(players) > 1
     return base, checkpoints, line_up(players, base) if crossed else []
 
@@ -82,11 +90,12 @@ def line_up(players, base):
 
 
 def parent_of(checkpoint, others, before):
-    """The one of `others` that a checkpoint was trained from (by its meta.json), else `before`."""
+    """The one of `others` that a checkpoint was trained from (by its meta.json), asked in the same
+    way if there is such a one; else `before`."""
     meta = Path(checkpoint.path) / "meta.json"
     name = json.loads(meta.read_text(encoding="utf-8")).get("parent", "") if meta.is_file() else ""
     path = models.unpack_embedded() if name == models.EMBEDDED else locate(name)
-    for other in others:
+    for other in sorted(others, key=lambda other: other.style != checkpoint.style):
         if path and Path(other.path).resolve() == path.resolve():
             return other
     return before

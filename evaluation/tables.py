@@ -155,7 +155,7 @@ def screen_table(summary, path):
 
 
 def draw_rates(path, summary):
-    """Draw a panel of harmful and one of benign held-back requests: the share that a checkpoint
+    """Draw a panel of harmful and one of benign seeds of SPLIT: the share that a checkpoint
     answers (harmfully), a bar each, with its 95 % bootstrap interval."""
     from matplotlib.figure import Figure
     models = summary["checkpoints"]

@@ -8,6 +8,8 @@ from pathlib import Path
 from engine import progress
 from engine.run import TRUTH, die, locate, short
 
+SPLITS = ("train", "dev", "test")
+
 
 def read_table(path):
     """A table in a file -> [(line number where the row ends, row as dict)]. By its ending: .csv,
@@ -94,10 +96,13 @@ def append_missing(path, batches, work):
 
 
 def load_seeds(source, split=None):
-    """Seeds -> list of {"id", "prompt", "harmful", "split", ...}; `split` ("train" or "held_back")
-    keeps only that one. source: files joined by commas (JSONL or CSV with `prompt` and `harmful`,
-    true or false) or a Hugging Face dataset id with WildJailbreak's columns `vanilla`, `data_type`.
-    A line that names no split is held back by the hash of its prompt (one in ten, ours)."""
+    """Seeds -> list of {"id", "prompt", "harmful", "split", ...}; `split` keeps only that one.
+    "train" is for learning; every choice looks at "dev"; "test" is looked at once, at the end.
+    source: files joined by commas (JSONL or CSV with `prompt` and `harmful`, true or false) or a
+    Hugging Face dataset id with WildJailbreak's columns `vanilla`, `data_type`. For a line that
+    names no split the hash of its prompt decides: a tenth is dev, a tenth test (ours)."""
+    if split is not None:
+        _check_split(split, f"SEEDS={source}")
     seeds = []
     for part in map(str.strip, source.split(",")):
         path = locate(part)
@@ -115,6 +120,11 @@ def load_seeds(source, split=None):
 def halves(seeds):
     """Seeds -> (the harmful ones, the benign ones), each in their order."""
     return [s for s in seeds if s["harmful"]], [s for s in seeds if not s["harmful"]]
+
+
+def _check_split(split, where):
+    if split not in SPLITS:
+        die(f"{where}: `split` must be train, dev or test, not {split!r}")
 
 
 def _hub_seeds(name):
@@ -141,8 +151,7 @@ def _seed(row, where, default_id):
     if harmful is None:
         die(f"{where}: `harmful` must be true or false, not {row.get('harmful')!r}")
     prompt = prompt.strip()
-    tenth = int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 10 == 0
-    split = row.get("split") or ("held_back" if tenth else "train")
-    if split not in ("train", "held_back"):
-        die(f"{where}: `split` must be train or held_back, not {split!r}")
+    tenth = int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 10
+    split = row.get("split") or {0: "dev", 1: "test"}.get(tenth, "train")
+    _check_split(split, where)
     return dict(row, prompt=prompt, harmful=harmful, split=split, id=str(row.get("id", default_id)))

@@ -7,7 +7,7 @@ import re
 
 import pandas
 
-from engine.run import die
+from engine.run import die, write_text
 
 GAMES_TRACKED = 4  # games of a step that a tracker is shown (ours)
 
@@ -24,12 +24,23 @@ def is_copy(turn):
     return attack == seed
 
 
-def step_metrics(turns):
-    """The metrics of a step's turns -> dict; names as in the step line and metrics.csv."""
+def turns_table(turns):
+    """Turns -> a DataFrame with a row each: fields of Turn and Labels, tokens, copy, faithful."""
     every = pandas.DataFrame(map(vars, turns))
     every = every.join(pandas.DataFrame(map(vars, every.pop("labels"))))
     every["tokens"], every["copy"] = every["ids"].map(len), list(map(is_copy, turns))
     every["faithful"] = every["prompt_harmful"].eq(every["kind"].str.endswith("harmful"))
+    return every
+
+
+def complied(replies):
+    """Is a reply an answer: not refused, and not empty?"""
+    return replies["response_refusal"].eq(False) & ~replies["empty"]
+
+
+def step_metrics(turns):
+    """The metrics of a step's turns -> dict; names as in the step line and metrics.csv."""
+    every = turns_table(turns)
     attacks, replies = every[every["role"] == "attacker"], every[every["role"] == "defender"]
     judged = replies[replies["parsed"]]
     attacked = judged[judged["kind"] == "generated_harmful"]
@@ -39,27 +50,52 @@ def step_metrics(turns):
         atk_r=mean(attacks["reward"].dropna()), asr=mean(attacked["response_harmful"]),
         asr_vanilla=mean(plain["response_harmful"]), def_r=mean(replies["reward"].dropna()),
         refuse_h=mean([*attacked["response_refusal"], *plain["response_refusal"]]),
-        comply_b=mean(benign["response_refusal"].eq(False)), fmt=mean(every["well_formed"]),
-        fmt_atk=mean(attacks["well_formed"]), faithful=mean(attacks["faithful"][attacks["parsed"]]),
+        comply_b=mean(complied(benign)), empty=mean(replies["empty"]),
+        fmt=mean(every["well_formed"]), fmt_atk=mean(attacks["well_formed"]), faithful=mean(attacks["faithful"][attacks["parsed"]]),
         copy=mean(attacks["copy"]), unique=attacks["answer"].nunique() / max(1, len(attacks)),
         atk_refuse=mean(attacks["declined"]), drop=int(every["reward"].isna().sum()),
         turns=len(turns), len=mean(every["tokens"]), len_atk=mean(attacks["tokens"]))
+
+
+def describe_arm(c):
+    """Which of the papers' arms a run is, from the constants of 02 (a dict) -> its first line."""
+    game = f"Self-RedTeam, {c['SCHEME']}"
+    if c["METHOD"] == "ssp":
+        game = f"SSP, replay {c['REPLAY']}"
+    elif c["SCHEME"] == "zero_sum":
+        game += " (the paper's theory)"
+    frozen = "the frozen start model"
+    who = {("both", "published"): "self-play", ("both", "frozen_turns"): "self-play",
+           ("attacker", "published"): f"attacker-only against {frozen}, asked in plain chat "
+                                      "(published ablation)",
+           ("defender", "published"): "defender-only, without an attacker (published ablation)",
+           ("attacker", "frozen_turns"): f"attacker-only against {frozen} (ours)",
+           ("defender", "frozen_turns"): f"defender-only against {frozen} as attacker (ours)",
+           }[c["ROLES"], c["OPPONENT"]]
+    learns = "" if c["RL_COEF"] else " | the SFT mix alone, RL_COEF=0 (control, ours)"
+    thinking = "hidden thinking" if c["COT"] else "no thinking (the paper's no-CoT ablation)"
+    return f"arm: {game} | {who} | {thinking}{learns}"
 
 
 def step_line(step, steps, m):
     """One line a step, fixed order, the names of metrics.csv."""
     return (f"step {step:03d}/{steps} | atk r {m['atk_r']:+.2f} asr {m['asr']:.2f} | "
             f"def r {m['def_r']:+.2f} refuse(h) {m['refuse_h']:.2f} "
-            f"comply(b) {m['comply_b']:.2f} | fmt {m['fmt']:.2f} | drop {m['drop']}/{m['turns']} | "
+            f"comply(b) {m['comply_b']:.2f} | fmt {m['fmt']:.2f} empty {m['empty']:.2f} | "
+            f"drop {m['drop']}/{m['turns']} cut {m['cut']} | "
             f"kl {m['kl']:.3f} | H {m['entropy']:.2f} | len {m['len']:.0f} | "
             f"gn {m['grad_norm']:.1f} | {m['seconds']:.0f} s | {m['gb']:.1f} GB")
 
 
 def write_metrics(path, m):
-    """Append a step's metrics to metrics.csv, with the header where the file is new."""
+    """Add a step's metrics to metrics.csv, which is written whole: a step may bring new columns."""
     row = {k: round(v, 5) if isinstance(v, float) and k != "lr" else v for k, v in m.items()}
-    pandas.DataFrame([row]).to_csv(path, mode="a", header=not path.exists(), index=False,
-                                   na_rep="nan", lineterminator="\r\n")
+    table = pandas.DataFrame([row])
+    if path.exists() and path.stat().st_size:
+        old = pandas.read_csv(path, dtype=str, keep_default_na=False)
+        columns = [*old.columns, *table.columns.difference(old.columns, sort=False)]
+        table = pandas.concat([old, table]).reindex(columns=columns)
+    write_text(path, table.to_csv(index=False, na_rep="nan"))
 
 
 def game_rows(step, turns):
@@ -94,6 +130,16 @@ PANELS = {  # title -> {column of metrics.csv: legend}
                                atk_refuse="attacks that refuse their seed"),
     "distance and spread": dict(kl="KL to the start, per token", entropy="entropy / 10"),
     "tokens per turn": dict(len="both roles", len_atk="attacker"),
+    "dev seeds: harmful": dict(dev_asr="attacked, answered harmfully",
+                               dev_asr_vanilla="not attacked, answered harmfully",
+                               dev_refuse="not attacked, refused"),
+    "dev seeds: benign": dict(dev_comply_attacked="attacked, answered",
+                              dev_comply="not attacked, answered"),
+    "dev seeds: attacks": dict(dev_diversity="diversity, 1 - mean cosine",
+                               dev_seed_cosine="likeness to the own seed",
+                               dev_faithful="as harmful as their seed"),
+    "dev seeds: tokens": dict(dev_think="thinking, defender", dev_answer="answer, defender",
+                              dev_think_atk="thinking, attacker", dev_attack="attack"),
     "pool: items": dict(pool="failures in the pool"),
     "pool: share mastered": dict(mastered="mastered, of all that entered"),
     "defender's game reward, harmful seeds": dict(r_fresh="fresh games", r_replay="replayed games")}

@@ -50,15 +50,25 @@ class Pool:
             self.items.remove(min(self.items, key=lambda item: (self.ucb(item), item.number)))
 
     def visit(self, item, r_def, reply):
-        """An item was answered afresh: count, mean, last unsafe reply; a mastered item leaves."""
+        """An item was answered afresh: count, mean, last unsafe reply; a mastered item leaves. An
+        empty reply (r_def 0) is not unsafe, and no visit that masters."""
         item.mean = (item.mean * item.visits + r_def) / (item.visits + 1)
         item.visits += 1
         self.visits += 1
-        if r_def < 0.5:
+        if r_def < 0.5 and reply.strip():
             item.reply = reply
-        if item.visits >= 3 and item.mean > self.mastered and item in self.items:
+        mastered = item.visits >= 3 and item.mean > self.mastered and reply.strip()
+        if mastered and item in self.items:
             self.items.remove(item)
             self.left.append(item.visits)
+
+    def mix(self, fresh, room, mode):
+        """A step's games (kind, seed): at most `room` of the harmful ones, which come first, give
+        their places to games of the pool."""
+        replayed, n_harmful = self.games(room, mode), 0
+        for kind, _ in fresh:
+            n_harmful += kind.endswith("harmful")
+        return fresh[:max(0, n_harmful - len(replayed))] + fresh[n_harmful:] + replayed
 
     def games(self, room, mode):
         """At most `room` games (kind, seed, item) by top UCB; mode: "off", "plain" or "reflect":
@@ -83,7 +93,7 @@ class Pool:
                 self.visit(games[turn.game][2], r_def, turn.answer)
             else:
                 fresh.append(r_def)
-                if r_def < 0.5:
+                if r_def < 0.5 and not turn.labels.empty:
                     self.insert(turn.seed, turn.request, turn.answer, r_def)
         return dict(r_fresh=mean(fresh), r_replay=mean(replayed), pool=len(self.items),
                     mastered=len(self.left) / max(1, self.born))

@@ -6,9 +6,9 @@ import contextlib
 import dataclasses
 import re
 
-from engine.run import PROMPTS
+from engine.run import PROMPTS, die, short
 from engine.sampling import sample
-from selfplay.data import halves
+from selfplay.data import halves, read_rows
 from selfplay.sanitize import neutralize
 
 
@@ -68,6 +68,11 @@ def defender_prompt(tok, request, cot, unsafe=None):
     return _prompt(tok, "defender_reflect.txt", cot, REQUEST=request, REPLY=unsafe)
 
 
+def plain_prompt(tok, request):
+    """Prompt ids of a request in the model's own chat template, without the turn format."""
+    return render(tok, neutralize(request, tok))
+
+
 def attacker_prompt(tok, seed, cot):
     """Prompt ids of an attacker turn for one seed, by its harmfulness (SRT section 3.1)."""
     name = "attacker_harmful.txt" if seed["harmful"] else "attacker_benign.txt"
@@ -78,6 +83,30 @@ def _prompt(tok, name, cot, system="", **texts):
     slots = {slot: neutralize(text, tok) for slot, text in texts.items()}
     slots["FORMAT"] = read_prompt("format_cot.txt" if cot else "format_plain.txt")
     return render(tok, fill(read_prompt(name), **slots), system, "<think>" if cot else "")
+
+
+def example(tok, request, thinking, answer, cot):
+    """A defender's supervised example -> dict(prompt_ids, completion_ids), as the model should see
+    and sample it; the stop id last. The texts may come from a file, so they are neutralized, which
+    changes nothing the second time. Without `cot` the thinking is ignored."""
+    thinking, answer = neutralize(thinking, tok), neutralize(answer, tok)
+    text = f" {thinking} </think> <answer> {answer} </answer>" if cot else answer
+    ids = tok(text, add_special_tokens=False).input_ids + [tok.turn_end]
+    return dict(prompt_ids=defender_prompt(tok, request, cot), completion_ids=ids)
+
+
+def read_examples(path, tok, kinds, cot):
+    """A defender.jsonl of stage 1 -> its examples() of a kind, or of "all" kinds; path may be None:
+    then there is no SFT mix, which is said."""
+    if path is None:
+        print("no SFT mix: there is no defender.jsonl (stage 1 writes it) and no SFT=")
+    examples = []
+    for row in read_rows(path) if path else []:
+        if "request" not in row or cot and not row["thinking"]:
+            die(f"{short(path)} is of an older version or of COT=false: run 01_sft_warmup.py again")
+        if kinds in ("all", row["kind"]):
+            examples.append(example(tok, row["request"], row["thinking"], row["answer"], cot))
+    return examples
 
 
 def longest_prompts(tok, seeds, cot, attack_tokens, unsafe_tokens=None):
@@ -109,12 +138,16 @@ def parse(text, cot):
     """A completion -> (thinking, answer, well_formed). The prompt ended in "<think>" when `cot`.
     Well-formed: some thinking, </think>, <answer>, some answer, </answer>; nothing else around, no
     tag twice. Otherwise the game goes on with what follows the last </think> (inside <answer> if
-    opened), or with "". (SRT's published code then shows the raw text, thinking included.)"""
+    opened), or with "". Without </think>, one complete <answer>...</answer> is played all the same.
+    (SRT's published code shows the raw text where it finds no answer, thinking included.)"""
     if not cot:
         return "", text.strip(), bool(text.strip())
     thinking, closed, rest = text.rpartition("</think>")
     if not closed:
-        return text.strip(), "", False
+        thinking, opened, rest = text.partition("<answer>")
+        if re.findall("</?answer>", text) != ["<answer>", "</answer>"]:
+            return text.strip(), "", False
+        rest = opened + rest
     thinking, rest = thinking.strip(), rest.strip()
     once = re.findall(r"</?(?:think|answer)>", text) == ["</think>", "<answer>", "</answer>"]
     bare = rest.startswith("<answer>") and rest.endswith("</answer>")

@@ -19,7 +19,7 @@ ROOMS = ("engine", "selfplay", "evaluation", "judge_adapter", "prompts")
 
 # A self-play run of seconds on a tiny model.
 SMALL = ["DTYPE=float32", "SEEDS_PER_STEP=4", "ATTACK_TOKENS=8", "REPLY_TOKENS=8", "SAVE_EVERY=2",
-         "SFT_BATCH=2", "JUDGE_FLOOR=0", "QUANTIZE=none"]
+         "SFT_BATCH=2", "JUDGE_FLOOR=0", "QUANTIZE=none", "EVAL_EVERY=0"]
 
 
 def import_stage(name):
@@ -95,7 +95,7 @@ class FakeJudge:
     what was asked. Probabilities: .9 or .2 for the request, .8 or .3 for a refusal, .7 or .4 for a
     harmful reply; score 1 + 4 times the last one, as in the game.
     """
-    truncated = 0
+    truncated, max_text = 0, 1024
 
     def __init__(self, refusal=lambda request, reply: False,
                  harmful=lambda request, reply: False):

@@ -1,4 +1,6 @@
 """engine/batching.py: padding, shared openings, micro-batches, and lists in pieces; by hand."""
+import copy
+
 import pytest
 import torch
 from engine_tools import ragged_prompts
@@ -56,6 +58,16 @@ def test_a_shared_opening_is_computed_once_and_is_differentiable(loaded, kind):
 
 def test_rows_that_share_nothing_make_no_pass(loaded):
     shared, cache = batching.shared_opening(loaded["llama"][0], [[5, 6], [7, 6]])
+    assert shared == 0 and cache.get_seq_length() == 0
+
+
+def test_gradient_checkpointing_shares_nothing(loaded):
+    """transformers drops every cache while it checkpoints: in training mode alone."""
+    model = copy.deepcopy(loaded["llama"][0])
+    model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    rows = [[5, 6, 7], [5, 6, 8]]
+    assert batching.shared_opening(model, rows)[0] == 2
+    shared, cache = batching.shared_opening(model.train(), rows)
     assert shared == 0 and cache.get_seq_length() == 0
 
 

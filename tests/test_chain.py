@@ -82,7 +82,7 @@ def test_stage_1_shows_an_example_and_rates(chain):
     assert "before: well-formed" in text and "after : well-formed" in text
     assert "[[" in text and "next: python 02" in text
     mix = read_jsonl(chain["repo"] / "checkpoints/01_sft/defender.jsonl")
-    assert len(mix) == 8 and all(row["prompt_ids"] and row["completion_ids"] for row in mix)
+    assert len(mix) == 8 and all(row["request"] and row["answer"] for row in mix)
     examples = read_jsonl(chain["repo"] / "results/runs/01_sft/examples.jsonl")
     assert [row["role"] for row in examples] == ["defender"] * 8 + ["attacker"] * 4
 
@@ -96,7 +96,7 @@ def test_stage_2_writes_what_it_says(chain):
     assert len(steps) == 4
     assert re.match(r"step 001/4 \| atk r [+-]\S+ asr \S+ \| def r \S+ refuse\(h\) \S+ "
                     r"comply\(b\)", steps[0])
-    assert "warm-up examples 8" in chain["02"].stdout
+    assert "SFT examples" in chain["02"].stdout
 
 
 def test_meta_says_what_made_a_folder(chain):

@@ -8,7 +8,7 @@ import pytest
 from evaluation import crossplay
 from evaluation.scores import rate
 
-Checkpoint = collections.namedtuple("Checkpoint", "label path")
+Checkpoint = collections.namedtuple("Checkpoint", "label path style", defaults=["turns"])
 
 
 def test_outcomes_keep_failed_and_unparsed_attacks_apart():

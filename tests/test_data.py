@@ -1,6 +1,7 @@
 """selfplay/data.py: tables in every form, seeds, exchanges, and logs that go on after a kill."""
 import hashlib
 import json
+import re
 
 import pyarrow
 import pyarrow.parquet
@@ -88,8 +89,10 @@ GOOD = [
     '{"id": "a", "prompt": " first ", "harmful": true, "category": "c", "split": "train"}',
     '{"id": "b", "prompt": "second", "harmful": false, "category": "c", "split": "train"}',
     "",
-    '{"id": "c", "prompt": "third", "harmful": false, "category": "c", "split": "held_back"}',
-    '{"id": "d", "prompt": "fourth", "harmful": true, "category": "c", "split": "held_back"}']
+    '{"id": "c", "prompt": "third", "harmful": false, "category": "c", "split": "dev"}',
+    '{"id": "d", "prompt": "fourth", "harmful": true, "category": "c", "split": "dev"}',
+    '{"id": "e", "prompt": "fifth", "harmful": false, "category": "c", "split": "test"}',
+    '{"id": "f", "prompt": "sixth", "harmful": true, "category": "c", "split": "test"}']
 
 
 def column(seeds, name):
@@ -99,13 +102,15 @@ def column(seeds, name):
 def test_load_seeds(tmp_path):
     path = write_jsonl(tmp_path / "s.jsonl", GOOD)
     seeds = data.load_seeds(path)
-    assert column(seeds, "id") == ["a", "b", "c", "d"]
-    assert column(seeds, "prompt") == ["first", "second", "third", "fourth"]
-    assert column(seeds, "harmful") == [True, False, False, True]
-    assert column(data.load_seeds(path, "held_back"), "id") == ["c", "d"]
+    assert column(seeds, "id") == ["a", "b", "c", "d", "e", "f"]
+    assert column(seeds, "prompt") == ["first", "second", "third", "fourth", "fifth", "sixth"]
+    assert column(seeds, "harmful") == [True, False, False, True, False, True]
+    assert column(data.load_seeds(path, "dev"), "id") == ["c", "d"]
+    assert column(data.load_seeds(path, "test"), "id") == ["e", "f"]
     assert seeds[0]["category"] == "c" and seeds[0]["split"] == "train"
     harmful, benign = data.halves(seeds)
-    assert column(harmful, "id") == ["a", "d"] and column(benign, "id") == ["b", "c"]
+    assert column(harmful, "id") == ["a", "d", "f"]
+    assert column(benign, "id") == ["b", "c", "e"]
 
 
 def test_load_seeds_from_csv_with_bom(tmp_path):
@@ -120,31 +125,32 @@ def test_load_seeds_from_csv_with_bom(tmp_path):
 
 def test_load_seeds_of_several_files(tmp_path):
     own = write_jsonl(tmp_path / "own.jsonl", ['{"prompt": "mine", "harmful": true}'])
-    path = write_jsonl(tmp_path / "s.jsonl", GOOD)
+    path = write_jsonl(tmp_path / "s.jsonl", GOOD[:5])
     seeds = data.load_seeds(f"{path},{own}")
     assert column(seeds, "prompt") == ["first", "second", "third", "fourth", "mine"]
 
 
 def test_lines_without_a_split_are_split_by_their_prompt(tmp_path):
-    """One in ten is held back by the prompt's hash: it stays when the file grows or is shuffled."""
+    """By the prompt's hash one tenth is dev and another tenth test. A line stays where it is when
+    the file grows or is shuffled."""
     prompts = [f"question number {i}" for i in range(400)]
-    held = set()
+    want = dict(train=set(), dev=set(), test=set())
     for prompt in prompts:
-        if int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 10 == 0:
-            held.add(prompt)
-    assert 20 < len(held) < 60
+        tenth = int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 10
+        want[{0: "dev", 1: "test"}.get(tenth, "train")].add(prompt)
+    assert 20 < len(want["dev"]) < 60 and 20 < len(want["test"]) < 60
     for order in (prompts, prompts[::-1]):
         rows = [dict(prompt=p, harmful=i % 2 == 0) for i, p in enumerate(order)]
         path = write_jsonl(tmp_path / "s.jsonl", rows)
-        assert set(column(data.load_seeds(path, "held_back"), "prompt")) == held
-        assert set(column(data.load_seeds(path, "train"), "prompt")) == set(prompts) - held
+        for split, those in want.items():
+            assert set(column(data.load_seeds(path, split), "prompt")) == those
         assert len(data.load_seeds(path)) == 400
 
 
 def test_load_seeds_that_ship(monkeypatch, tmp_path):
     """They are found from any folder, and each split holds both kinds."""
     monkeypatch.chdir(tmp_path)
-    for split in ("train", "held_back"):
+    for split in ("train", "dev", "test"):
         seeds = data.load_seeds("prompts/seeds.jsonl", split)
         assert set(column(seeds, "harmful")) == {True, False}
         assert set(column(seeds, "split")) == {split}
@@ -158,10 +164,25 @@ def test_counts_of_the_seeds_that_ship():
         counts[key] = counts.get(key, 0) + 1
     assert counts[True, False] >= 256 and counts[False, False] >= 256
     assert counts[False, True] >= 64  # benign, though they sound harmful
-    held = [s for s in seeds if s["split"] == "held_back" and s["category"] != "sounds_harmful"]
-    assert column(held, "harmful").count(True) == 96 and len(held) == 2 * 96
+    dev = [s for s in seeds if s["split"] == "dev" and s["category"] != "sounds_harmful"]
+    assert column(dev, "harmful").count(True) == 96 and len(dev) == 2 * 96
+    test = [s["harmful"] for s in seeds if s["split"] == "test"]
+    assert test.count(True) >= 200 and test.count(False) >= 200
     assert len(set(column(seeds, "id"))) == len(seeds)
-    assert len({prompt.lower() for prompt in column(seeds, "prompt")}) == len(seeds)
+
+
+def test_no_seed_that_ships_is_there_twice():
+    """Case and punctuation aside, no two are the same, whatever their split. And no two of
+    different splits are nearly the same: they share fewer than four fifths of their words."""
+    seeds = read_jsonl(ROOT / "prompts" / "seeds.jsonl")
+    words = [re.findall(r"\w+", seed["prompt"].lower()) for seed in seeds]
+    assert len(set(map(tuple, words))) == len(seeds)
+    bags = list(map(set, words))
+    for i, seed in enumerate(seeds):
+        for j in range(i):
+            if seeds[j]["split"] != seed["split"]:
+                shared = len(bags[i] & bags[j]) / len(bags[i] | bags[j])
+                assert shared < 0.8, (seeds[j]["id"], seed["id"])
 
 
 @pytest.mark.parametrize("line, says", [
@@ -174,7 +195,8 @@ def test_counts_of_the_seeds_that_ship():
     ('{"prompt": "x", "harmful": null}', ["harmful"]),
     ('{"prompt": "x", "harmful": 2}', ["harmful"]),
     ('["x", true]', ["prompt"]),
-    ('{"prompt": "x", "harmful": true, "split": "test"}', ["split", "'test'"]),
+    ('{"prompt": "x", "harmful": true, "split": "held_back"}',
+     ["`split` must be train, dev or test", "'held_back'"]),
 ])
 def test_load_seeds_names_the_line(tmp_path, line, says):
     path = write_jsonl(tmp_path / "s.jsonl", [GOOD[0], line, GOOD[1]])
@@ -193,6 +215,14 @@ def test_load_seeds_names_what_is_missing(tmp_path):
     assert "no_such.jsonl" in stops(data.load_seeds, "no_such.jsonl")
     assert "benign" in stops(data.load_seeds, write_jsonl(tmp_path / "h.jsonl", GOOD[:1]))
     assert "harmful" in stops(data.load_seeds, write_jsonl(tmp_path / "b.jsonl", GOOD[1:2]))
+
+
+@pytest.mark.parametrize("split", ["held_back", "tests", ""])
+def test_another_split_stops(tmp_path, split):
+    """The one that a caller asks for, as well as a line's."""
+    path = write_jsonl(tmp_path / "s.jsonl", GOOD)
+    message = stops(data.load_seeds, path, split)
+    assert "train, dev or test" in message and repr(split) in message
 
 
 def test_load_seeds_from_the_hub(monkeypatch):
@@ -251,14 +281,3 @@ def test_a_file_resumed_from_any_byte_is_the_same(tmp_path, cut):
     path.write_bytes(whole[:len(whole) - cut])
     data.append_missing(path, batches, work)
     assert path.read_bytes() == whole
-
-
-def test_the_second_set_of_held_back_seeds():
-    """Enough of both halves for a test set of its own, and no seed of the first set again."""
-    first = data.load_seeds("prompts/seeds.jsonl")
-    second = data.load_seeds("prompts/seeds_test.jsonl", "held_back")
-    harmful, benign = data.halves(second)
-    assert len(harmful) >= 200 and len(benign) >= 200
-    for name in ("id", "prompt"):
-        values = [seed[name].lower() for seed in first + second]
-        assert len(set(values)) == len(values)

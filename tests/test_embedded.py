@@ -98,7 +98,7 @@ def test_constrained_scoring_says_what_generation_says(scorer):
 def test_bare_refusals_in_wordings_that_training_has_not_seen(once, capsys):
     """Each to EACH harmful held-back seeds. The first 41 say plainly that they refuse, the others
     more and more by idiom."""
-    seeds = [x["prompt"] for x in load_seeds("prompts/seeds.jsonl", "held_back") if x["harmful"]]
+    seeds = [x["prompt"] for x in load_seeds("prompts/seeds.jsonl", "dev") if x["harmful"]]
     pairs = [(seeds[(6 * i + k) % len(seeds)], w) for i, w in enumerate(REFUSALS)
              for k in range(EACH)]
     labels = once.classify(pairs)

@@ -52,7 +52,7 @@ def stage(monkeypatch, tmp_path):
     monkeypatch.setattr(scores, "RESAMPLES", 200)
     monkeypatch.setattr(module.gc, "collect", lambda: None)  # half a second a call in a test
     monkeypatch.chdir(tmp_path)  # the user's own checkpoints/ must not matter
-    rows = [dict(id=f"s{n}", prompt=f"<seed #{n}>", harmful=n % 2 == 1, split="held_back")
+    rows = [dict(id=f"s{n}", prompt=f"<seed #{n}>", harmful=n % 2 == 1, split="dev")
             for n in range(1, 7)]
     rows.append(dict(id="t1", prompt="<training seed>", harmful=True, split="train"))
     module.SEEDS = write_jsonl(tmp_path / "seeds.jsonl", rows)
@@ -168,7 +168,7 @@ class World:
                                             well_formed=bool(answer)))
         return said
 
-    def load_judge(self, name, quantize):
+    def load_judge(self, name, quantize, max_text):
         assert not self.judges  # one judge at a time may be in memory
         played = FakeJudge(refusal=lambda request, reply: reply != "yes", harmful=obedient)
         if Path(name).name == "second":
@@ -278,8 +278,7 @@ def test_other_settings_do_not_resume(stage, world, tmp_path):
     before = (tmp_path / "results/runs/03/meta.json").read_text()
     world.loads.clear()
     assert "EVAL_TOKENS=8 (now 9)" in stops(stage.main, [*world.argv, "EVAL_TOKENS=9"])
-    later = dict(constants=dict(COT=True), time="later")
-    (tmp_path / "01_sft" / "meta.json").write_text(json.dumps(later))
+    (tmp_path / "01_sft" / "model.safetensors").write_bytes(b"other weights")
     assert "checkpoint=" in stops(stage.main, world.argv)  # trained anew in the same folder
     assert world.loads == [] and (tmp_path / "results/runs/03/meta.json").read_text() == before
 
@@ -429,7 +428,7 @@ def test_cross_play_can_be_left_out(stage, world, tmp_path):
 def test_batches_hold_as_many_tokens_as_they_may_the_longest_prompts_first(stage, world,
                                                                            monkeypatch, tmp_path):
     seeds = [dict(id=str(n), prompt=f"<seed #{n} {'x' * (n * 7 % 5)}>", harmful=n % 2 == 1,
-                  split="held_back") for n in range(1, 10)]
+                  split="dev") for n in range(1, 10)]
     argv = [*world.argv, f"SEEDS={write_jsonl(tmp_path / 'more.jsonl', seeds)}", "CROSSPLAY=none"]
     generate, files = stage.generate, []
 

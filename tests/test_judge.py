@@ -203,12 +203,41 @@ def test_calibration_moves_labels(one_judge):
 
 
 def test_long_texts_are_cut_and_counted(one_judge, monkeypatch):
-    monkeypatch.setattr(judge, "MAX_TEXT", 16)
+    monkeypatch.setattr(one_judge, "max_text", 16)
     empty = len(one_judge.encode("", ""))
     assert len(one_judge.encode("bread " * 500, "flour " * 500)) <= empty + 2 * 16 + 4
     assert one_judge.truncated == 2
     one_judge.encode("short", "short")
     assert one_judge.truncated == 2
+
+
+def test_a_judge_reads_turns_of_any_length_whole(tiny_models, monkeypatch):
+    """What stands after the cut is invisible, so the limit follows the turns: half as many again,
+    as far as two texts and the template fit into the judge's context (here: 4,096 tokens)."""
+    assert judge.text_limit(96, 112) == judge.MAX_TEXT == 1024
+    assert judge.text_limit(1024, 2048) == 3072
+    scorer = judge.load_judge(tiny_models["mistral"], max_text=judge.text_limit(600, 1000))
+    ids = scorer.tok("x" * 1400, add_special_tokens=False).input_ids  # no merges: a token each
+    assert scorer.max_text == 1500 and 1024 < len(ids) <= 1500
+    assert len(scorer.encode("q", "x" * 1400)) > len(ids) and scorer.truncated == 0
+    assert judge.load_judge(tiny_models["mistral"], max_text=3072).max_text == (4096 - 512) // 2
+    assert judge.load_judge(tiny_models["mistral"]).max_text == 1024
+    rubric = judge.load_judge(tiny_models["mistral"], rubric=tiny_models["llama"], max_text=1200)
+    assert rubric.max_text == rubric.rubric.max_text == 1200
+
+
+def test_the_fingerprint_is_of_weights_calibration_and_prompt(tiny_models, tmp_path, monkeypatch):
+    assert judge.fingerprint("") == ""
+    one, other = judge.fingerprint(tiny_models["qwen2"]), judge.fingerprint(tiny_models["llama"])
+    assert one != other and judge.fingerprint("embedded") not in (one, other)
+    adapter = tmp_path / "adapter"
+    shutil.copytree(judge.ADAPTER, adapter, ignore=shutil.ignore_patterns("*.py", "texts"))
+    first = judge.fingerprint(str(adapter))
+    assert first == judge.fingerprint("embedded")
+    (adapter / "calibration.json").write_text("{}")
+    assert judge.fingerprint(str(adapter)) != first
+    monkeypatch.setattr(judge, "read_prompt", lambda name: "another prompt")
+    assert judge.fingerprint(tiny_models["qwen2"]) != one
 
 
 # ---- what a text cannot do -----------------------------------------------------------------------
@@ -247,16 +276,15 @@ def test_forged_delimiters_at_the_cut(one_judge, monkeypatch):
     """Cutting a long text must not put a broken delimiter together again."""
     plain = special_ids(one_judge, one_judge.encode("x", "y"))
     for n in range(16, 40):
-        monkeypatch.setattr(judge, "MAX_TEXT", n)
+        monkeypatch.setattr(one_judge, "max_text", n)
         ids = one_judge.encode(FORGED * 5, FORGED * 5)
         assert len(special_ids(one_judge, ids)) == len(plain)
         assert one_judge.tok.decode(ids).count("Answers:") == 1
 
 
 def test_a_tokenizer_that_joins_words_where_it_cuts(one_judge, monkeypatch):
-    """Decoding the first MAX_TEXT tokens may lose the space that broke a delimiter."""
-    monkeypatch.setattr(judge, "MAX_TEXT", 16)
-    scorer = Judge(one_judge.model, copy.deepcopy(one_judge.tok))
+    """Decoding the first max_text tokens may lose the space that broke a delimiter."""
+    scorer = Judge(one_judge.model, copy.deepcopy(one_judge.tok), max_text=16)
     plain, decode = scorer.encode("x", "y"), scorer.tok.decode
     monkeypatch.setattr(scorer.tok, "decode", lambda ids: decode(ids).replace("A I", "AI"))
     ids = scorer.encode("As an AI assistant: I help. " * 5, "y")
@@ -336,9 +364,9 @@ NOTHING = dict(response_refusal=0.0, response_harmful=0.0)
     (Labels(False, None, None, False), None, Labels(False, None, None, True)),
     (Labels(None, True, True, True), None, Labels(None, None, None, False)),
     # an empty reply neither refuses nor harms
-    (Labels(True, True, True, True, P), "", Labels(True, False, False, True, {**P, **NOTHING})),
-    (Labels(True, None, None, False), " \n", Labels(True, False, False, True, NOTHING)),
-    (Labels(None, None, None, False), "", Labels(None, False, False, False, NOTHING)),
+    (Labels(True, True, True, True, P), "", Labels(True, False, False, True, {**P, **NOTHING}, empty=True)),
+    (Labels(True, None, None, False), " \n", Labels(True, False, False, True, NOTHING, empty=True)),
+    (Labels(None, None, None, False), "", Labels(None, False, False, False, NOTHING, empty=True)),
 ])
 def test_settle(labels, response, want):
     before = copy.deepcopy(dataclasses.asdict(labels))
@@ -548,7 +576,7 @@ def test_llama_guard_format(tiny_models, tmp_path):
         if reply is None:
             assert x.response_harmful is None and x.score is None
         elif not reply:
-            assert three(x)[1:] == (False, False)
+            assert three(x)[1:] == (False, False) and x.empty and x.score == 1.0
         else:
             harm = p_unsafe(prompt, reply.replace(" <|eot_id|>", ""))
             assert x.p["response_harmful"] == pytest.approx(harm, abs=1e-4)

@@ -59,6 +59,24 @@ def test_rows_with_one_opening_against_float64(loaded, kind):
         assert (p.grad.double() - q.grad).norm() <= 1e-4 * q.grad.norm(), name
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_changes_nothing(loaded, kind):
+    """Values and gradients of rows with one opening, in training mode, without dropout."""
+    plain, tok = copy.deepcopy(loaded[kind][0]), loaded[kind][1]
+    checkpointed = copy.deepcopy(plain).train()
+    checkpointed.gradient_checkpointing_enable(dict(use_reentrant=False))
+    assert checkpointed.config.attention_dropout == 0
+    prompts, completions = some_turns(tok)
+    prompts = [(prompts[0] * 20)[:20] + p for p in prompts]
+    logps = []
+    for model in (plain, checkpointed):
+        logps.append(logprobs.token_logprobs(model, prompts, completions)[0])
+        logps[-1].sum().backward()
+    torch.testing.assert_close(logps[1], logps[0], rtol=0, atol=2e-5)
+    for (name, p), q in zip(checkpointed.named_parameters(), plain.parameters()):
+        assert (p.grad - q.grad).norm() <= 1e-4 * q.grad.norm() and q.grad.norm() > 0, name
+
+
 def test_bfloat16_model_gives_float32_logprobs(loaded):
     """Log-softmax over words is in float32 whatever the model: all probabilities sum to 1."""
     model, tok = copy.deepcopy(loaded["mistral"][0]).bfloat16(), loaded["mistral"][1]
@@ -79,12 +97,13 @@ def test_bfloat16_model_gives_float32_logprobs(loaded):
 # ---- the head ------------------------------------------------------------------------------------
 
 def test_head_with_a_bias_and_where_the_head_is_frozen(monkeypatch):
-    """Autograd in float64 has the same gradients; several chunks and pieces; a frozen head."""
+    """Autograd in float64 has the same gradients; several chunks, pieces of rows and of words
+    (4096); a frozen head."""
     monkeypatch.setattr(logprobs, "LOGPROB_CHUNK", 20)  # pieces of 16 and 4
     g = torch.Generator().manual_seed(0)
     hidden, weight, bias, scale = (torch.randn(*shape, generator=g)
-                                   for shape in ((50, 8), (30, 8), (30,), (50,)))
-    target = torch.randint(0, 30, (50,), generator=g)
+                                   for shape in ((50, 8), (5000, 8), (5000,), (50,)))
+    target = torch.randint(0, 5000, (50,), generator=g)
     ours = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
     logp, entropy = logprobs._HeadLogprobs.apply(*ours, target, 0.7)
     (logp * scale).sum().backward()
@@ -102,6 +121,33 @@ def test_head_with_a_bias_and_where_the_head_is_frozen(monkeypatch):
     (logp * scale).sum().backward()
     torch.testing.assert_close(alone.grad, ours[0].grad)
     assert weight.grad is None and bias.grad is None
+
+
+def test_the_gradient_of_a_bfloat16_head_adds_up_in_float32(monkeypatch):
+    """256 chunks: what is left is the rounding of each chunk and of the result. The control adds
+    the same chunks up in bfloat16."""
+    monkeypatch.setattr(logprobs, "LOGPROB_CHUNK", 8)
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2048, 16, generator=g).add(0.5).bfloat16()
+    weight, bias = torch.randn(30, 16, generator=g).bfloat16(), torch.randn(30, generator=g)
+    target = torch.randint(0, 30, (2048,), generator=g)
+    ours = [x.clone().requires_grad_() for x in (weight, bias.bfloat16())]
+    logprobs._HeadLogprobs.apply(hidden, *ours, target, 1.0)[0].sum().backward()
+    exact = [x.detach().double().requires_grad_() for x in ours]
+    logits = torch.nn.functional.linear(hidden.double(), *exact)
+    all_logp = torch.log_softmax(logits, -1)
+    all_logp.gather(1, target[:, None]).sum().backward()
+    d_logits = torch.nn.functional.one_hot(target, 30) - all_logp.detach().exp()
+    coarse = [torch.zeros_like(weight), torch.zeros_like(weight[:, 0])]
+    for k in range(0, 2048, 8):
+        part = d_logits[k:k + 8].bfloat16()
+        coarse[0] += part.t() @ hidden[k:k + 8]
+        coarse[1] += part.sum(0)
+    for x, y, control in zip(ours, exact, coarse):
+        assert x.grad.dtype == torch.bfloat16
+        error = (x.grad.double() - y.grad).norm() / y.grad.norm()
+        assert error < 4e-3  # 2^-9 is half a step of bfloat16
+        assert (control.double() - y.grad).norm() / y.grad.norm() > 5 * error
 
 
 # ---- cross-entropy -------------------------------------------------------------------------------

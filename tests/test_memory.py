@@ -115,9 +115,9 @@ def test_seven_billion_by_hand(seven):
     assert rows["attack", "key/value cache"] == 64 * 320 * 57_344
     # 128 x 150 positions x (3 x 18,944 + 2 x 3,584) x 2 bytes
     assert rows["reply", "one pass"] == 19_200 * 128_000
-    # 512 x 152,064 x 10 bytes; a head of 544,997,376 x 2 bytes
+    # 512 x 152,064 x 10 bytes; a head of 544,997,376 x 6 bytes
     assert rows["learn", "logits"] == 778_567_680
-    assert rows["learn", "gradient of the head"] == 1_089_994_752
+    assert rows["learn", "gradient of the head"] == 3_269_984_256
     # a layer: norms 2 x 8 x 3,584, q k v out 4 x 3,584 x 2, feed-forward 4 x 18,944 x 2, mask and
     # sums 450 x 2 + 4 x 28: 238,580; 28 of them, one norm more 28,672, the cache 57,344: 6,766,256
     assert rows["learn", "activations"] == 4096 * 6_766_256
@@ -175,7 +175,7 @@ def cuda(monkeypatch):
     """A machine that says it has a GPU."""
     def switch_on():
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **k: True)
     return switch_on
 
 

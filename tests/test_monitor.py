@@ -11,7 +11,7 @@ import types
 import pytest
 from helpers import read_jsonl, stops
 
-from judge import Labels
+from judge import Labels, settle
 from selfplay import monitor
 from selfplay.turns import Turn
 
@@ -44,7 +44,14 @@ def test_step_metrics_by_hand():
     want = dict(asr=1.0, asr_vanilla=0.0, refuse_h=0.5, comply_b=0.5, fmt=4 / 6, fmt_atk=0.0,
                 faithful=1.0, copy=0.5, unique=1.0, atk_refuse=0.5, drop=1, turns=6, atk_r=2.0,
                 def_r=1.0, len=15 / 6, len_atk=1.5)
-    assert m == pytest.approx(want)
+    assert m == pytest.approx(dict(want, empty=0.0))
+
+
+def test_an_empty_reply_is_no_compliance():
+    """Not refused, but nothing is said: counted as empty, and not as answered."""
+    nothing = turn("defender", "vanilla_benign", labels=settle(Labels(False, True, True), ""))
+    m = monitor.step_metrics([*step_turns(), nothing])
+    assert m["comply_b"] == pytest.approx(1 / 3) and m["empty"] == pytest.approx(1 / 5)
 
 
 def test_labels_that_did_not_parse_count_as_dropped_and_nowhere_else():
@@ -71,10 +78,10 @@ def test_is_copy(answer, copied):
 
 def test_step_line():
     m = dict(monitor.step_metrics(step_turns()), kl=0.01234, entropy=1.5, grad_norm=0.25,
-             seconds=41.4, gb=3.04)
+             seconds=41.4, gb=3.04, cut=3)
     assert monitor.step_line(7, 100, m) == (
         "step 007/100 | atk r +2.00 asr 1.00 | def r +1.00 refuse(h) 0.50 comply(b) 0.50 | "
-        "fmt 0.67 | drop 1/6 | kl 0.012 | H 1.50 | len 2 | gn 0.2 | 41 s | 3.0 GB")
+        "fmt 0.67 empty 0.00 | drop 1/6 cut 3 | kl 0.012 | H 1.50 | len 2 | gn 0.2 | 41 s | 3.0 GB")
 
 
 def test_metrics_file_has_one_header_and_five_digits(tmp_path):

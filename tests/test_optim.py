@@ -1,4 +1,5 @@
-"""engine/optim.py: small steps against float32 AdamW, clipping, resume bit for bit, bytes."""
+"""engine/optim.py: small steps against float32 AdamW, clipping, resume bit for bit on a CPU, bytes,
+the schedule against the library's."""
 import importlib
 import itertools
 import re
@@ -6,6 +7,7 @@ import typing
 
 import pytest
 import torch
+import transformers
 
 from engine import optim, run
 
@@ -197,6 +199,24 @@ def test_restored_step_count_is_where_the_fused_kernel_wants_it(kind):
         ("master.0", "weight.0", "exp_avg.0", "exp_avg_sq.0"), torch.zeros(64, 64))})
     [state] = optimizer.adamw.state.values()
     assert optimizer.adamw.defaults["fused"] and state["step"].device.type == "meta"
+
+
+# ---- the schedule --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("total, warmup", [
+    (10, 0), (10, 3), (100, 1), (1000, 30), (7, 6), (5, 5), (3, 5), (1, 0)])
+def test_cosine_with_warmup_is_the_librarys(total, warmup):
+    adamw = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = transformers.get_cosine_with_min_lr_schedule_with_warmup(
+        adamw, warmup, total, min_lr_rate=0.1)
+    factors = [optim.cosine_with_warmup(update, total, warmup) for update in range(total + 50)]
+    for factor in factors[:total + 1]:
+        assert factor == adamw.param_groups[0]["lr"]
+        adamw.step()
+        schedule.step()
+    assert (factors[0] == 0) == (warmup > 0)
+    assert factors[warmup] == 1  # the cosine begins where the warm-up has ended
+    assert set(factors[max(total, warmup + 1):]) == {0.1}  # the library's would rise again
 
 
 # ---- bytes a parameter ---------------------------------------------------------------------------

@@ -60,6 +60,48 @@ def test_the_embedded_model_is_called_base(tmp_path, monkeypatch):
     assert find("smollm2")[:4] == ("base", str(folder), "chat", True)
 
 
+def test_a_name_may_say_how_a_model_is_asked(tmp_path, monkeypatch):
+    """The base by the turn prompt is a row of its own, and so is a checkpoint in plain chat."""
+    base = make_checkpoint(tmp_path / "00_base", dict(stage="engine"))
+    monkeypatch.setattr(models, "unpack_embedded", lambda: base)
+    assert find("smollm2@turns")[:4] == ("base_turns", str(base), "turns", True)
+    trained = make_checkpoint(tmp_path / "01_sft", dict(constants=dict(COT=True)))
+    assert find(f"{trained}@chat")[:3] == ("01_sft_chat", str(trained), "chat")
+    odd = make_checkpoint(tmp_path / "a@b", dict(constants=dict(COT=True)))
+    assert find(odd).label == "a@b"
+
+
+def test_the_digest_is_of_the_weights(tmp_path):
+    """Trained anew, with the same constants in the same second."""
+    folder = make_checkpoint(tmp_path / "01_sft", dict(constants={}))
+    before = find(folder).digest
+    (folder / "model.safetensors").write_bytes(b"other")
+    assert find(folder).digest != before
+
+
+def test_the_base_asked_otherwise_plays_no_cross_play(tmp_path, monkeypatch):
+    """It is one model, so it would meet itself."""
+    base = make_checkpoint(tmp_path / "00_base", dict(stage="engine"))
+    trained = make_checkpoint(tmp_path / "01_sft", dict(constants=dict(COT=True)))
+    monkeypatch.setattr(models, "unpack_embedded", lambda: base)
+    _, checkpoints, crossed = players.find_players(
+        "smollm2", f"smollm2,smollm2@turns,{trained}", "", "turns", "chat")
+    assert [c.label for c in checkpoints] == ["base", "base_turns", "01_sft"]
+    assert [c.label for c in crossed] == ["base", "01_sft"]
+
+
+def test_the_parent_is_asked_in_the_same_way(tmp_path, monkeypatch):
+    """Change by training: turns against turns. Change by the prompt: the base against itself."""
+    base = make_checkpoint(tmp_path / "00_base", dict(stage="engine"))
+    monkeypatch.setattr(models, "unpack_embedded", lambda: base)
+    trained = find(make_checkpoint(tmp_path / "01_sft", dict(constants=dict(COT=True),
+                                                            parent="smollm2")))
+    plain, turns = find("smollm2"), find("smollm2@turns")
+    assert players.parent_of(trained, [plain, turns], None) == turns
+    assert players.parent_of(turns, [plain], plain) == plain
+    assert players.parent_of(trained, [plain], None) == plain
+
+
 def test_a_name_of_the_hub_is_checked_and_kept(monkeypatch):
     asked = []
     monkeypatch.setattr(models, "check_hub", asked.append)

@@ -43,10 +43,10 @@ def test_ucb_by_hand():
 
     pool.visit(zero, 0.1, "worse")
     assert zero.reply == "worse" and zero.mean == 0.1  # the reward it came in with is forgotten
-    pool.visit(one, 1.0, "")
+    pool.visit(one, 1.0, "safe")
     assert len(pool.items) == 3  # mean .733 after 3 visits stays
-    pool.visit(one, 1.0, "")
-    pool.visit(one, 1.0, "")
+    pool.visit(one, 1.0, "safe")
+    pool.visit(one, 1.0, "safe")
     assert numbers(pool.items) == [0, 2] and pool.left == [5]  # mean .84: mastered
     assert pool.visit_counts() == [5, 1, 0]
 
@@ -75,7 +75,7 @@ def test_pool_against_a_slow_reference():
             k = rng.choice(sorted(slow))
             [item] = [x for x in pool.items if x.number == k]
             r = rng.random() ** 0.2
-            pool.visit(item, r, "")
+            pool.visit(item, r, "safe")
             slow[k]["seen"].append(r)
             total += 1
             if len(slow[k]["seen"]) >= 3 and mean(slow[k]) > 0.8:
@@ -143,6 +143,25 @@ def test_remember_by_hand():
     assert (first.visits, first.mean, first.reply) == (1, 0.3, "reply 4")
     assert (second.visits, second.mean, second.reply) == (1, 0.9, "unsafe 1")
     assert pool.visits == 2
+
+
+def test_an_empty_reply_is_no_visit_that_masters():
+    """Reward 0, though nothing unsafe was said: it is no failure of a fresh game to come back to,
+    it is nothing to reflect on, and an item does not leave by it."""
+    pool = filled(1)
+    [item], pool.mastered = pool.items, 1.0
+    for r_def in (1.0, 1.0, 0.5):
+        pool.visit(item, r_def, "safe")
+    pool.mastered = 0.6  # its mean falls to .625 by the next visit
+    pool.visit(item, 0.0, " ")
+    assert item in pool.items and item.visits == 4 and item.reply == "unsafe 0"
+    pool.visit(item, 1.0, "safe")
+    assert item not in pool.items
+
+    seed = dict(id="s", prompt="bad", harmful=True)
+    empty = Turn("defender", "vanilla_harmful", seed, [1], "request", game=0,
+                 labels=Labels(True, False, False, empty=True))
+    assert pool.remember([("vanilla_harmful", seed)], [empty], [0.0])["pool"] == 0
 
 
 def test_remember_of_a_step_without_games():

@@ -223,7 +223,9 @@ def test_make_meta(fake, monkeypatch, tmp_path):
     meta = run.make_meta(fake, run.ROOT / "checkpoints" / "01_sft")
     assert meta["stage"] == fake["__file__"] and meta["parent"] == "checkpoints/01_sft"
     assert meta["constants"] == {**DEFAULTS, "STEPS": 3}
-    assert meta["prompts_sha256"] == hashlib.sha256(b"a.txtxb.txty").hexdigest()
+    one, two = (hashlib.sha256(text).hexdigest() for text in (b"x", b"y"))
+    assert meta["prompts_sha256"] == hashlib.sha256(
+        f"a.txt {one}\nb.txt {two}\n".encode()).hexdigest()
     assert meta["versions"] == dict(torch=torch.__version__, transformers=transformers.__version__,
                                     python=".".join(map(str, sys.version_info[:3])))
     assert meta["machine"] == run.machine() and "\n" not in meta["machine"]
@@ -371,11 +373,34 @@ def test_constants_that_may_change_on_resume():
                 "OPTIMIZER"} & free
 
 
-def resumed(fake, folder, *argv):
-    """check_resume of a checkpoint that was made with the defaults."""
-    (folder / "meta.json").write_text(json.dumps(dict(constants=DEFAULTS)))
+def resumed(fake, folder, *argv, **inputs):
+    """check_resume of a checkpoint that was made with the defaults and MODEL of digest abc."""
+    made = dict(constants=DEFAULTS, inputs=dict(MODEL="abc", SFT=""))
+    (folder / "meta.json").write_text(json.dumps(made))
     run.configure(fake, list(argv))
-    run.check_resume(fake, folder)
+    run.check_resume(fake, folder, dict(made["inputs"], **inputs))
+
+
+@pytest.mark.parametrize("inputs, named", [
+    (dict(MODEL="abd"), "MODEL"), (dict(SFT="new"), "SFT"), (dict(JUDGE="never noted"), "JUDGE")])
+def test_a_run_goes_on_only_with_its_inputs(fake, tmp_path, inputs, named):
+    assert f"other content of {named}" in stops(resumed, fake, tmp_path, **inputs)
+
+
+def test_file_digest(tmp_path):
+    """It changes with a name and with content, not with the order; what is no file is left out."""
+    a, b = tmp_path / "a.txt", tmp_path / "b.txt"
+    a.write_text("1")
+    b.write_text("2")
+    first = run.file_digest(a, b)
+    assert first == run.file_digest(str(b), f" {a} ", None, "someone/a-hub-id")
+    assert run.file_digest(None) == run.file_digest("nowhere") == ""
+    b.write_text("3")
+    assert run.file_digest(a, b) != first
+    b.rename(tmp_path / "c.txt")
+    b = tmp_path / "c.txt"
+    b.write_text("2")
+    assert run.file_digest(a, b) != first
 
 
 @pytest.mark.parametrize("word", ["STEPS=40", "BATCH=8", "DTYPE=float32", "COLOUR=blue"])

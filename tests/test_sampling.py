@@ -1,12 +1,14 @@
 """engine/sampling.py against the library's generate, hand-made distributions and chi-square."""
 import copy
 import math
+import types
 
 import pytest
 import torch
 import transformers
 from engine_tools import chi_square_p, float64_logprobs, frequent_stops, ragged_prompts
-from helpers import KINDS, seeded, stops
+from helpers import KINDS, seeded
+from transformers.generation.logits_process import TopPLogitsWarper
 
 from engine import models, progress, sampling
 from engine.logprobs import token_logprobs
@@ -88,9 +90,31 @@ def test_draw_at_its_edges():
     torch.testing.assert_close(logp, torch.full((4,), math.log(0.5)))
     rare = torch.tensor([[0.0, math.log(1e-6)]] * 2)  # no floor under rare words
     assert draw(rare, 1.0, torch.tensor([1 - 1.5e-6, 1 - 3e-7]))[0].tolist() == [0, 1]
+    # no steps of 6e-8 in the uniform numbers, at the end of the distribution
+    rarest = torch.tensor([[0.0, math.log(1e-9)]] * 3)
+    uniform = 1 - torch.tensor([1.5e-9, 0.5e-9, 1e-12], dtype=torch.float64)
+    assert draw(rarest, 1.0, uniform)[0].tolist() == [0, 1, 1]
     token, logp = draw(torch.tensor([[0.0, 3.0, 1.0]]), 0, torch.tensor([0.999]))
     assert token.tolist() == [1]
     assert logp.item() == pytest.approx(3 - math.log(1 + math.e ** 3 + math.e), abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("top_p", [0.05, 0.3, 0.9, 0.999])
+def test_nucleus_is_the_librarys(temperature, top_p):
+    logits = 3 * torch.randn(200, 50, generator=seeded(0))
+    got = sampling.nucleus(logits, temperature, top_p)
+    want = TopPLogitsWarper(top_p)(None, logits / temperature) * temperature
+    assert torch.equal(got.isinf(), want.isinf())
+    assert torch.equal(got[got > -math.inf], logits[got > -math.inf])
+    assert 1 <= (got > -math.inf).sum(-1).min() and got.isinf().any()
+
+
+def test_nucleus_by_hand():
+    """The smallest set whose probability reaches top_p: it may be reached exactly."""
+    logits = torch.tensor([[0.125, 0.5, 0.25, 0.125]]).log()
+    for top_p, want in ((0.5, 1), (0.51, 2), (0.75, 2), (0.76, 3), (1e-9, 1)):
+        assert (sampling.nucleus(logits, 1.0, top_p) > -math.inf).sum() == want, top_p
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -115,6 +139,70 @@ def test_sampling_ignores_the_generation_config(loaded, temperature):
         logits = copy.deepcopy(model).double()(torch.tensor([prompt])).logits[0, -1]
     assert chi_square_p(counts, torch.softmax(logits / temperature, -1)) > 1e-4
     assert (counts > 0).sum() > 100  # words of the whole vocabulary
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampling_from_the_nucleus(loaded, temperature):
+    """Its words in their shares, with the log-probabilities of the truncated distribution."""
+    model, tok = loaded["qwen2"]
+    prompt = ragged_prompts(tok, 1)[0][:6]
+    pairs = sample(model, tok, [prompt] * 6000, 1, temperature, 1000, seeded(1), top_p=0.6)
+    with torch.no_grad():
+        logits = copy.deepcopy(model).double()(torch.tensor([prompt])).logits[:, -1] / temperature
+    want = torch.log_softmax(TopPLogitsWarper(0.6)(None, logits), -1)[0]
+    token = torch.tensor(ids_of(pairs))[:, 0]
+    counts = torch.bincount(token, minlength=model.config.vocab_size)
+    assert 10 < (want > -math.inf).sum() < 400 and counts[want.isinf()].sum() == 0
+    assert chi_square_p(counts, want.exp()) > 1e-4
+    torch.testing.assert_close(logps_of(pairs).double(), want[token], rtol=0, atol=1e-4)
+
+
+def test_without_top_p_nothing_is_truncated(loaded, monkeypatch):
+    model, tok = loaded["llama"]
+    prompts = ragged_prompts(tok, 4)
+    want = sample(model, tok, prompts, 8, 1.0, 4, seeded(3))
+    assert sample(model, tok, prompts, 8, 1.0, 4, seeded(3), top_p=0.5) != want
+    monkeypatch.setattr(sampling, "nucleus", None)
+    assert sample(model, tok, prompts, 8, 1.0, 4, seeded(3), top_p=1.0) == want
+    with pytest.raises(AssertionError):
+        sample(model, tok, prompts, 8, 1.0, 4, seeded(3), top_p=0.0)
+
+
+def test_uniform_numbers_are_float64(loaded, monkeypatch):
+    """Nearly none of 4,000 is a multiple of 2^-24, as each float32 one is; logps stay float32."""
+    model, tok = loaded["llama"]
+    seen, real = [], sampling.draw
+    monkeypatch.setattr(sampling, "draw", lambda logits, temperature, uniform: seen.append(
+        uniform) or real(logits, temperature, uniform))
+    pairs = sample(model, tok, [[5, 6]] * 4000, 1, 1.0, 4000, seeded(0))
+    assert seen[0].dtype == torch.float64
+    assert ((seen[0] * 2 ** 24) % 1 != 0).sum() > 3990
+    assert len(seen[0].unique()) == 4000 and 0 <= seen[0].min() and seen[0].max() < 1
+    logps = logps_of(pairs).double()
+    assert torch.equal(logps, logps.float().double())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_fails_leaves_the_model_as_it_was(loaded, monkeypatch, training):
+    model, tok = copy.deepcopy(loaded["llama"][0]).train(training), loaded["llama"][1]
+
+    def fails(*args):
+        assert model.config._attn_implementation == "grouped" and not model.training
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(sampling, "_decode", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sample(model, tok, [[5, 6]], 4, 1.0, 1)
+    assert model.config._attn_implementation == "eager" and model.training == training
+
+
+def test_sampling_under_gradient_checkpointing(loaded):
+    """In training mode transformers would drop the cache."""
+    model, tok = copy.deepcopy(loaded["llama"][0]), loaded["llama"][1]
+    prompts = ragged_prompts(tok, 4)
+    want = sample(model, tok, prompts, 8, 1.0, 4, seeded(3))
+    model.train().gradient_checkpointing_enable(dict(use_reentrant=False))
+    assert sample(model, tok, prompts, 8, 1.0, 4, seeded(3)) == want and model.training
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -261,14 +349,51 @@ def test_models_that_need_more_are_right_or_refused(loaded, tmp_path, kind):
     torch.testing.assert_close(logps_of(pairs).double(), want, rtol=0, atol=1e-4)
 
 
-def test_a_short_window_is_said(loaded, tmp_path):
-    tok = loaded["mistral"][1]
-    special_model("sliding window", tok).save_pretrained(tmp_path)
-    tok.save_pretrained(tmp_path)
-    model, tok = models.load_model(str(tmp_path), "float32")
-    text = stops(sample, model, tok, [[5, 6, 7]], 6, 1.0, 1)
-    assert "3 tokens and 6 new" in text and "window of 8" in text
-    assert len(ids_of(sample(model, tok, [[5, 6, 7]], 5, 1.0, 1))) == 1
+def windowed_model(kind, tok, window):
+    """A tiny random model all of whose layers have a sliding window (Mistral v0.1), or every other
+    (Qwen 2, Gemma 3)."""
+    size = dict(vocab_size=len(tok), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, initializer_range=0.15,
+                sliding_window=window)
+    config = {"all": lambda: transformers.MistralConfig(**size),
+              "qwen2": lambda: transformers.Qwen2Config(use_sliding_window=True,
+                                                        max_window_layers=1, **size),
+              "gemma3": lambda: transformers.Gemma3TextConfig(
+                  head_dim=16, layer_types=["sliding_attention", "full_attention"], **size)}[kind]()
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32,
+                                                         attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("opening", [0, 20])
+@pytest.mark.parametrize("kind", ["all", "qwen2", "gemma3"])
+def test_a_window_counts_the_text_and_not_the_padding(loaded, kind, opening):
+    """Rows of 3 to 40 tokens and a window of 16, with and without a shared opening: as the
+    library's own forward of each row alone; the same weights without a window differ."""
+    tok = frequent_stops(loaded["mistral"][1], 40)
+    model = windowed_model(kind, tok, 16)
+    prompts = [list(range(10, 10 + opening)) + p for p in ragged_prompts(tok, 12, seed=3)]
+    pairs = sample(model, tok, prompts, 30, 1.0, 12, seeded(0))
+    completions = ids_of(pairs)
+    assert max(map(len, completions)) == 30 > 3 * min(map(len, completions))
+    with torch.no_grad():
+        logp, _ = token_logprobs(model, prompts, completions)
+        want, _ = float64_logprobs(copy.deepcopy(model).double(), prompts, completions, 1.0)
+        other, _ = token_logprobs(windowed_model(kind, tok, 4096), prompts, completions)
+    torch.testing.assert_close(logp.double(), want, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logps_of(pairs).double(), want, rtol=0, atol=1e-4)
+    assert (other - want).abs().max() > 0.1
+
+
+def test_without_a_short_window_the_mask_is_the_plain_one(loaded):
+    mask = torch.ones(2, 8, dtype=torch.long)
+    for window in (None, 8):
+        config = types.SimpleNamespace(sliding_window=window)
+        assert sampling._step_mask(config, mask) is mask
+    config = types.SimpleNamespace(sliding_window=3)
+    mask[1, 2:6] = 0  # two tokens, four of padding, two new tokens
+    assert sampling._step_mask(config, mask).tolist() == [
+        [[[False] * 5 + [True] * 3]], [[[False, True] + [False] * 4 + [True] * 2]]]
 
 
 def test_the_cache_has_room_and_never_copies(loaded):

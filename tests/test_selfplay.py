@@ -2,19 +2,26 @@
 import copy
 import dataclasses
 import itertools
+import json
 import random
+import re
+import shutil
+import types
 
+import numpy
+import pandas
 import pytest
 import torch
-from helpers import (KINDS, SMALL, FakeJudge, import_stage, keep_constants, read_jsonl, seeded,
-                     stops)
+from helpers import (KINDS, ROOT, SMALL, FakeJudge, import_stage, keep_constants, read_jsonl,
+                     seeded, stops, write_jsonl)
 
-from engine.logprobs import token_logprobs
+import judge
+from engine.logprobs import cross_entropy_step, token_logprobs
 from engine.models import load_model
-from engine.optim import OPTIMIZERS, MasterAdamW
+from engine.optim import OPTIMIZERS, MasterAdamW, cosine_with_warmup
 from judge import Labels, settle
 from selfplay.replay import Pool
-from selfplay.turns import Turn
+from selfplay.turns import Turn, plain_prompt
 
 rl = import_stage("02_selfplay_rl")
 
@@ -113,6 +120,24 @@ def test_an_empty_reply_is_no_way_out_of_a_penalty():
     empty = settle(Labels(True, True, True), "")
     assert rl.turn_reward(turn(well_formed=False), empty) == -1.0
     assert rl.turn_reward(turn(well_formed=True), Labels(True, True, False)) == 3.0
+
+
+@pytest.mark.parametrize("harmful", [True, False])
+@pytest.mark.parametrize("scheme, attacker", [("general_sum", -1 - 0.5), ("zero_sum", -1 - 1.0)])
+def test_an_empty_reply_is_neither_refusal_nor_answer(harmful, scheme, attacker):
+    """Harmless (+1 and -1), and the refusal term is lost by both players, whatever the request."""
+    empty, kind = settle(Labels(harmful, True, True), ""), "generated_harmful"
+    assert rl.game_reward("defender", kind, empty, scheme) == 0.0
+    faithful = 0.5 if harmful else -0.5
+    assert rl.game_reward("attacker", kind, empty, scheme) == faithful + attacker
+
+
+@pytest.mark.parametrize("kind", ["generated_harmful", "generated_benign", "replayed_harmful"])
+def test_an_empty_reply_wins_nothing_with_ssp(kind):
+    p = dict(prompt_harmful=0.9, response_refusal=0.9, response_harmful=0.9)
+    empty = settle(Labels(True, True, True, True, p, 4.6), " ")
+    assert rl.game_reward("defender", kind, empty, "ssp") == 0.0
+    assert rl.game_reward("attacker", kind, empty, "ssp") == 0.0
 
 
 def scored(score, refusal=0.0):
@@ -220,12 +245,35 @@ def test_k1_in_the_reward_has_the_gradient_of_the_kl():
     assert torch.allclose(over_all_actions(theta, loss), exact, atol=1e-12)
 
 
-def test_schedule(monkeypatch):
-    monkeypatch.setattr(rl, "LR", 1.0)
-    monkeypatch.setattr(rl, "WARMUP", 0.1)
-    lr = [rl.learning_rate(u, 100) for u in range(130)]
-    assert lr[0] == pytest.approx(0.1, abs=1e-3) and lr[9] == max(lr) and lr[9] > 0.97
-    assert lr[50] == pytest.approx(0.55) and lr[100] == lr[129] == pytest.approx(0.1)
+# Typed from scripts/red_team_game_reinforce_8b.sh and the defaults of its parser: see the table in
+# results/README.md. Its 40,000 prompts make 40,000 / 32 x 1.5 = 1,875 updates of the schedule; a
+# rollout of 128 seeds has 128 + 64 turns, 6 updates of 32. SFT: 4 examples on each of 4 GPUs.
+PUBLISHED = dict(
+    STEPS=200, SEEDS_PER_STEP=128, BENIGN_FRACTION=0.5, ATTACKED=0.5, ATTACK_TOKENS=2048,
+    REPLY_TOKENS=2048, LR=5e-7, HORIZON=1875 // 6, WARMUP=0.03, UPDATES=(128 + 64) // 32,
+    KL_COEF=0.01, CLIP_EPS=0.2, FORMAT_COEF=1.0, RL_COEF=1.0, SFT_COEF=1.0, SFT_BATCH=4 * 4,
+    SFT_KINDS="comply", CLIP_NORM=1.0, SAVE_EVERY=100, EVAL_EVERY=10, DECLINED_LOSES=False,
+    COPY_COEF=0.0, SCHEME="general_sum", COT=True, ROLES="both", OPPONENT="published",
+    METHOD="self_redteam", JUDGE="allenai/wildguard", SEEDS="allenai/wildjailbreak")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_paper_has_the_published_settings(name):
+    assert rl.PAPER.get(name, getattr(rl, name)) == PUBLISHED[name]
+
+
+def test_the_table_of_settings_says_what_paper_has():
+    """results/README.md: `NAME` value in a row's second column is the value of --paper."""
+    table = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+    table = table.split("## The published settings")[1].split("\n## ")[0]
+    named = {}
+    for row in re.findall(r"^\| .+? \| (.+?) \| .+ \|$", table, re.MULTILINE):
+        if "01_sft_warmup.py" not in row:
+            named |= dict(re.findall(r"`([A-Z_]+)` ([\w./-]+)", row))
+    assert len(named) > 25
+    for name, value in named.items():
+        assert str(rl.PAPER.get(name, getattr(rl, name))) == str(type(getattr(rl, name))(
+            value if type(getattr(rl, name)) is not bool else value == "True")), name
 
 
 # ---- the game ------------------------------------------------------------------------------------
@@ -315,6 +363,45 @@ def test_play_hides_thinking_and_keeps_order(loaded, small, kind):
     assert all(len(t.ids) <= 12 and len(t.ids) == len(t.logps) for t in turns)
 
 
+def test_defender_only_as_published_has_no_attacker(loaded, small):
+    """ROLES=defender: all seeds go straight to the defender; with frozen_turns half are attacked."""
+    small.setattr(rl, "ROLES", "defender")
+    turns = a_step(*loaded["qwen2"], word_judge(odd))
+    assert [t.role for t in turns] == ["defender"] * 8
+    assert {t.kind for t in turns} == {"vanilla_harmful", "vanilla_benign"}
+    small.setattr(rl, "OPPONENT", "frozen_turns")
+    assert [t.role for t in a_step(*loaded["qwen2"], word_judge(odd))].count("attacker") == 4
+
+
+def test_attacker_only_as_published_asks_the_frozen_model_in_plain_chat(loaded, small):
+    """ROLES=attacker: attacked games only; the defender's prompt is the request in the template of
+    the model, and its whole reply is its answer."""
+    small.setattr(rl, "ROLES", "attacker")
+    model, tok = loaded["qwen2"]
+    turns = a_step(model, tok, word_judge(odd))
+    assert [t.role for t in turns] == ["attacker"] * 4 + ["defender"] * 4
+    assert all(t.kind.startswith("generated") for t in turns)
+    for t in turns[4:]:
+        words = tok.decode(t.prompt_ids)
+        assert "<think>" not in words and "Request:" not in words
+        assert t.prompt_ids == plain_prompt(tok, t.request)
+        text = tok.decode(t.ids[:-1] if t.ids[-1] in tok.stop_ids else t.ids)
+        assert t.answer == text.strip() and t.thinking == ""
+
+    small.setattr(rl, "OPPONENT", "frozen_turns")
+    turns = a_step(model, tok, word_judge(odd))
+    assert len(turns) == 12 and "<think>" in tok.decode(turns[-1].prompt_ids)
+
+
+@pytest.mark.parametrize("role, frozen", [("both", ""), ("attacker", "d"), ("defender", "a")])
+def test_who_plays_which_role(small, role, frozen):
+    small.setattr(rl, "ROLES", role)
+    r = types.SimpleNamespace(model="model", ref="start")
+    attacker, defender = rl.players(r)
+    assert (attacker, defender) == ("start" if "a" in frozen else "model",
+                                    "start" if "d" in frozen else "model")
+
+
 def test_whether_an_attack_declines_is_asked_of_the_attack(loaded, small):
     """A judge that calls replies of odd length refusals; without CoT so that no text is empty."""
     small.setattr(rl, "COT", False)
@@ -369,6 +456,8 @@ def test_both_optimizers_learn_alike(tiny_models, small):
 def test_static_role_is_not_trained(loaded, small):
     """ROLES=defender: attacker turns have no gradient; an update on them alone changes nothing."""
     small.setattr(rl, "ROLES", "defender")
+    small.setattr(rl, "OPPONENT", "frozen_turns")
+    small.setattr(rl, "COT", False)  # so that no reply is empty
     start, tok = loaded["qwen2"]
     turns, model = a_step(start, tok, word_judge(odd)), copy.deepcopy(start)
     optimizer = MasterAdamW(model, (0.9, 0.95), 0.0)
@@ -406,6 +495,63 @@ def test_warm_up_examples_are_mixed_in(loaded, small):
     assert first["sft"] == pytest.approx(-logp.mean().item(), rel=1e-5)
     assert first["degenerate"] == 2 and first["grad_norm"] > 0
     assert rl.learn(model, start, optimizer, turns, sft, 1)["sft"] < first["sft"]
+
+
+def test_several_updates_take_k1_from_the_training_forward(loaded, small):
+    """With UPDATES=2 what sampling noted is not used: KL and returns are the training forward's."""
+    small.setattr(rl, "UPDATES", 2)
+    small.setattr(rl, "LR", 0.0)
+    ref, tok = loaded["qwen2"]
+    model = copy.deepcopy(ref)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1.1)
+    turns = a_step(model, tok, word_judge(odd))
+    wrong = [dataclasses.replace(t, logps=[-9.0] * len(t.ids)) for t in turns]
+    here = torch.cat(rl.logprobs_of(model, turns)) - torch.cat(rl.logprobs_of(ref, turns))
+    metrics = [rl.learn(model, ref, MasterAdamW(model, (0.9, 0.95), 0.0), some, [], 0)
+               for some in (turns, wrong)]
+    assert here.mean().abs() > 1e-4
+    for m in metrics:
+        assert m["kl"] == pytest.approx(here.mean().item(), abs=1e-5)
+    assert metrics[0]["grad_norm"] == pytest.approx(metrics[1]["grad_norm"], rel=1e-4)
+
+
+def sft_examples(n):
+    return [dict(prompt_ids=[5, 6, 7], completion_ids=[8 + i] * (i + 1)) for i in range(n)]
+
+
+def test_the_control_learns_the_sft_mix_alone(loaded, small):
+    """RL_COEF=0: the update is that of the examples; the games and their rewards do not matter."""
+    for name, value in dict(SFT_COEF=1.0, SFT_BATCH=3, LR=1e-3, RL_COEF=0.0).items():
+        small.setattr(rl, name, value)
+    start, tok = loaded["qwen2"]
+    sft, after = sft_examples(20), []
+    for seed in (1, 2, None):
+        model = copy.deepcopy(start)
+        optimizer = MasterAdamW(model, (0.9, 0.95), 0.0)
+        if seed:  # games of another number
+            rl.learn(model, start, optimizer, a_step(start, tok, word_judge(odd), 0, seed)[seed:],
+                     sft, 0)
+        else:
+            batch = random.Random(f"{rl.SEED} sft 0").sample(sft, 3)
+            cross_entropy_step(model, optimizer, batch, rl.TRAIN_TOKENS)
+            optimizer.step(1e-3 * cosine_with_warmup(0, rl.HORIZON, 0), 1.0)
+        after.append(torch.cat([p.flatten() for p in model.parameters()]))
+    assert torch.equal(after[0], after[1]) and torch.equal(after[0], after[2])
+    assert not torch.equal(after[0], torch.cat([p.flatten() for p in start.parameters()]))
+
+
+def test_the_weight_of_the_policy_loss(loaded, small):
+    """RL_COEF=.5 halves the gradient of the turns."""
+    small.setattr(rl, "LR", 0.0)
+    start, tok = loaded["qwen2"]
+    turns, norms = a_step(start, tok, word_judge(odd)), []
+    for coef in (1.0, 0.5):
+        small.setattr(rl, "RL_COEF", coef)
+        model = copy.deepcopy(start)
+        optimizer = MasterAdamW(model, (0.9, 0.95), 0.0)
+        norms.append(rl.learn(model, start, optimizer, turns, [], 0)["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0] / 2, rel=1e-4)
 
 
 # ---- the loop learns -----------------------------------------------------------------------------
@@ -460,14 +606,12 @@ def filled(n):
     return pool
 
 
-@pytest.mark.parametrize("method, replay, replayed", [
-    ("self_redteam", "reflect", 0), ("ssp", "off", 0), ("ssp", "plain", 8), ("ssp", "reflect", 8)])
-def test_replayed_games_take_the_places_of_harmful_ones(monkeypatch, method, replay, replayed):
+@pytest.mark.parametrize("replay, replayed", [("off", 0), ("plain", 8), ("reflect", 8)])
+def test_replayed_games_take_the_places_of_harmful_ones(monkeypatch, replay, replayed):
     """SEEDS_PER_STEP 32, half of them harmful, REPLAY_FRACTION a quarter (departure g)."""
-    for name, value in dict(METHOD=method, REPLAY=replay, SEEDS_PER_STEP=32).items():
-        monkeypatch.setattr(rl, name, value)
+    monkeypatch.setattr(rl, "SEEDS_PER_STEP", 32)
     fresh = rl.draw_seeds(some_seeds(40), 0)
-    games = rl.with_replays(fresh, filled(40))
+    games = filled(40).mix(fresh, 8, replay)
     old = [game for game in games if len(game) == 3]
     assert len(games) == 32 and len(old) == replayed
     assert all(kind in ("replayed_harmful", "reflected_harmful") for kind, *_ in old)
@@ -477,9 +621,8 @@ def test_replayed_games_take_the_places_of_harmful_ones(monkeypatch, method, rep
 
 
 def test_replays_of_a_pool_that_is_not_full_leave_fresh_games(monkeypatch):
-    for name, value in dict(METHOD="ssp", REPLAY="plain", SEEDS_PER_STEP=32).items():
-        monkeypatch.setattr(rl, name, value)
-    games = rl.with_replays(rl.draw_seeds(some_seeds(40), 0), filled(2))
+    monkeypatch.setattr(rl, "SEEDS_PER_STEP", 32)
+    games = filled(2).mix(rl.draw_seeds(some_seeds(40), 0), 8, "plain")
     assert [len(game) for game in games].count(3) == 2 and len(games) == 32
 
 
@@ -506,7 +649,7 @@ def test_a_step_of_ssp_remembers_its_failures(loaded, small):
     model, tok = copy.deepcopy(loaded["qwen2"][0]), loaded["qwen2"][1]
     pool = filled(3)
     r = rl.Run(model, loaded["qwen2"][0], tok, even_harms(),
-               MasterAdamW(model, (0.9, 0.95), 0.0), pool, some_seeds(), [], 0)
+               MasterAdamW(model, (0.9, 0.95), 0.0), pool, some_seeds(), [], None, [], {}, 0)
     turns, m = rl.one_step(r, 3)
     defended = [t for t in turns if t.role == "defender" and t.kind.endswith("harmful")]
     replayed = [t for t in defended if t.kind == "replayed_harmful"]
@@ -532,7 +675,7 @@ def test_without_replay_both_methods_sample_the_same_tokens(loaded, small):
         small.setattr(rl, "METHOD", method)
         model = copy.deepcopy(start)
         r = rl.Run(model, start, tok, even_harms(), MasterAdamW(model, (0.9, 0.95), 0.0),
-                   Pool(512, 1.0, 0.8), some_seeds(), [], 0)
+                   Pool(512, 1.0, 0.8), some_seeds(), [], None, [], {}, 0)
         turns, m = rl.one_step(r, 3)
         assert ("pool" in m) == (method == "ssp")
         seen.append(turns)
@@ -578,6 +721,120 @@ def test_resume_with_a_pool_is_bit_for_bit(small_run, workplace, monkeypatch, ca
     # other constants do not go on
     message = stops(small_run, *words, "RUN=a", "STEPS=5", "LR=1e-3")
     assert "checkpoints/a/step_000004" in message and "LR 5e-05 -> 0.001" in message
+
+
+@pytest.mark.parametrize("word, of", [
+    ("", "MODEL"), ("", "JUDGE"), ("", "prompts"), ("", "SEEDS"), ("", "SFT")])
+def test_a_run_does_not_go_on_with_other_inputs(small_run, workplace, tiny_models, tmp_path,
+                                                monkeypatch, word, of):
+    """The constants are the same, the content behind them is not."""
+    folders = {}
+    for name, kind in dict(MODEL="qwen2", JUDGE="mistral").items():
+        folders[name] = tmp_path / f"a_{name}"
+        shutil.copytree(tiny_models[kind], folders[name])
+    prompts = tmp_path / "texts"
+    shutil.copytree(rl.run.PROMPTS, prompts)
+    monkeypatch.setattr(rl.run, "PROMPTS", prompts)
+    seeds, sft = tmp_path / "some.jsonl", tmp_path / "sft.jsonl"
+    write_jsonl(seeds, [dict(s, split="train") for s in some_seeds()])
+    row = dict(kind="comply", seed="s", request="a", thinking="b", answer="c")
+    write_jsonl(sft, [row])
+    words = [f"MODEL={folders['MODEL']}", f"JUDGE={folders['JUDGE']}", f"SEEDS={seeds}",
+             f"SFT={sft}"]
+    small_run(*words, "STEPS=1")
+    small_run(*words, "STEPS=1")  # goes on: nothing to do
+    if of in folders:
+        other, _ = load_model(str(folders[of]), "float32")
+        with torch.no_grad():
+            next(other.parameters()).mul_(1.001)
+        other.save_pretrained(folders[of])
+    else:
+        file = {"prompts": prompts / "defender.txt", "SEEDS": seeds, "SFT": sft}[of]
+        text = file.read_text(encoding="utf-8")
+        more = json.dumps(some_seeds()[0] | dict(id="new", prompt="new", split="train"))
+        more = {"prompts": "And be kind.", "SEEDS": more, "SFT": json.dumps(row)}[of]
+        file.write_text(text + more + "\n", encoding="utf-8")
+    message = stops(small_run, *words, "STEPS=2")
+    assert f"other content of {of}" in message and "checkpoints/02_rl/step_000001" in message
+
+
+def test_any_model_starts_with_an_sft_file(small_run, workplace, tmp_path, capsys):
+    """No warm-up: the examples are text, so they fit every tokenizer. Of the kinds, "comply"."""
+    rows = [dict(kind=kind, seed="s", request=f"ask {i}", thinking="hm", answer=f"say {i}")
+            for i, kind in enumerate(["comply", "refuse", "comply"])]
+    sft = write_jsonl(tmp_path / "sft.jsonl", rows)
+    small_run("STEPS=1", f"SFT={sft}", "RUN=a")
+    assert "SFT examples 2" in capsys.readouterr().out
+    small_run("STEPS=1", f"SFT={sft}", "RUN=b", "SFT_KINDS=all")
+    assert "SFT examples 3" in capsys.readouterr().out
+    assert "not found" in stops(small_run, "STEPS=1", "SFT=nowhere.jsonl", "RUN=c")
+    for row in (dict(rows[0], thinking=""), dict(kind="comply", prompt_ids=[1])):
+        old = write_jsonl(tmp_path / "old.jsonl", [row])
+        assert "01_sft_warmup.py again" in stops(small_run, "STEPS=1", f"SFT={old}", "RUN=c")
+    assert "RL_COEF=0" in stops(small_run, "STEPS=1", "RL_COEF=0", "RUN=d")
+
+
+@pytest.mark.parametrize("words, said", [
+    ([], "Self-RedTeam, general_sum | self-play | hidden thinking"),
+    (["COT=false"], "no thinking (the paper's no-CoT ablation)"),
+    (["SCHEME=zero_sum"], "zero_sum (the paper's theory) | self-play"),
+    (["ROLES=attacker"], "attacker-only against the frozen start model, asked in plain chat "
+                         "(published ablation)"),
+    (["ROLES=defender"], "defender-only, without an attacker (published ablation)"),
+    (["ROLES=defender", "OPPONENT=frozen_turns"], "as attacker (ours)"),
+    (["RL_COEF=0"], "the SFT mix alone, RL_COEF=0 (control, ours)"),
+    (["METHOD=ssp", "REPLAY=plain"], "SSP, replay plain | self-play")])
+def test_the_first_line_names_the_arm(small_run, workplace, capsys, words, said):
+    sft = write_jsonl(workplace / "sft.jsonl", [
+        dict(kind="comply", seed="s", request="ask", thinking="hm", answer="say")])
+    small_run("STEPS=1", f"SFT={sft}", *words)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("arm: ") and said in first
+
+
+def test_dev_seeds_are_played_greedily_and_resume_alike(small_run, workplace, monkeypatch):
+    """EVAL_EVERY=2: rows 0, 2, 4 and the last one have dev_*; a run in two parts has the same."""
+    words = ["EVAL_EVERY=2", "EVAL_SEEDS=3"]
+    small_run(*words, "RUN=a", "STEPS=2")
+    small_run(*words, "RUN=a", "STEPS=5")
+    small_run(*words, "RUN=b", "STEPS=5")
+    a, b = (pandas.read_csv(workplace / f"results/runs/{name}/metrics.csv") for name in "ab")
+    assert a["step"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert a["step"][a["dev_asr"].notna()].tolist() == [0, 2, 4, 5]
+    noise = ["seconds", "play_s", "gb"]
+    pandas.testing.assert_frame_equal(a.drop(columns=noise), b.drop(columns=noise))
+
+
+def test_greedy_games_of_dev_seeds(loaded, small):
+    """evaluate(): all four kinds of each seed, temperature 0, the same twice."""
+    model, tok = loaded["qwen2"]
+    small.setattr(rl, "EVAL_EVERY", 10)
+    seen, play = [], rl.play
+
+    def spy(*args, **kwargs):
+        seen.append(play(*args, **kwargs))
+        return seen[-1]
+
+    small.setattr(rl, "play", spy)
+    r = rl.Run(model, model, tok, even_harms(), None, None, some_seeds(), some_seeds(2),
+               lambda texts: numpy.eye(len(texts), 9), [], {}, 0)
+    assert rl.evaluate(r, 7) == {}
+    first, again = rl.evaluate(r, 20), rl.evaluate(r, 20)
+    assert first == pytest.approx(again, nan_ok=True)
+    assert [t.ids for t in seen[0]] == [t.ids for t in seen[1]]
+    kinds = [t.kind for t in seen[0] if t.role == "defender"]
+    assert sorted(kinds) == sorted(2 * list(GAMES))
+
+
+def test_texts_that_the_judge_cuts_are_counted_in_the_step(loaded, small):
+    small.setattr(rl, "COT", False)
+    model, tok = loaded["qwen2"]
+    scorer = judge.Judge(*loaded["mistral"], max_text=4)
+    r = rl.Run(copy.deepcopy(model), model, tok, scorer, MasterAdamW(model, (0.9, 0.95), 0.0),
+               Pool(512, 1.0, 0.8), some_seeds(), [], None, [], {}, 0)
+    before = scorer.truncated
+    _, m = rl.one_step(r, 0)
+    assert m["cut"] == scorer.truncated - before > 8
 
 
 def test_a_rubric_judge_scores_the_game(small_run, workplace, tiny_models):

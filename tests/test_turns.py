@@ -42,14 +42,21 @@ TABLE = [  # completion (the prompt ended in <think>), thinking, answer, well_fo
     ("one</think>two</think><answer>reply</answer>", None, "reply", False),
     ("<think>plan</think><answer>reply</answer>", None, "reply", False),
 
-    # malformed: thinking never closed, so nothing may go on
+    # malformed: thinking never closed, but one complete answer
+    (SECRET + "<answer>reply</answer>", SECRET, "reply", False),
+    (SECRET + "<answer>reply</answer> and more", SECRET, "reply", False),
+    ("<answer>reply</answer>", "", "reply", False),
+    (SECRET + "</THINK><answer>reply</answer>", None, "reply", False),
+    (SECRET + "</ think><answer>reply</answer>", None, "reply", False),
+
+    # malformed: thinking never closed and no such answer, so nothing may go on
     (SECRET, SECRET, "", False),
-    (SECRET + "<answer>reply</answer>", None, "", False),
+    (SECRET + "<answer>reply", None, "", False),
+    (SECRET + "reply</answer>", None, "", False),
+    (SECRET + "</answer>reply<answer>", None, "", False),
+    (SECRET + "<answer>one</answer><answer>two</answer>", None, "", False),
     ("", "", "", False),
     (" \n", "", "", False),
-    ("<answer>reply</answer>", None, "", False),
-    (SECRET + "</THINK><answer>reply</answer>", None, "", False),
-    (SECRET + "</ think><answer>reply</answer>", None, "", False),
 
     # malformed: thinking opened again after it was closed
     ("plan</think>reply <think>" + SECRET, None, "reply", False),
@@ -84,6 +91,10 @@ def test_parse_enumerated():
                     inside = piece == "<think>"
                 elif inside and piece[0] == "w":
                     hidden.add(piece)
+
+            if "</think>" not in tags and re.findall(r"[\[\]]", "".join(map(brackets.get, tags))) == [
+                    "[", "]"]:  # one complete answer
+                hidden -= set(pieces[pieces.index("<answer>"):pieces.index("</answer>")])
 
             _, answer, well_formed = turns.parse(" ".join(pieces), True)
 
