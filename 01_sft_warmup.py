@@ -36,12 +36,12 @@ from engine import models, progress, run
 from engine.batching import chunks
 from engine.logprobs import cross_entropy_step
 from engine.optim import OPTIMIZERS, cosine_with_warmup
-from engine.run import CHECKPOINTS, Share, die
+from engine.run import CHECKPOINTS, Share, die, locate
 from engine.sampling import sample
 from selfplay.data import halves, load_seeds
-from selfplay.sanitize import neutralize
-from selfplay.turns import (Turn, attacker_prompt, complete, defender_prompt, example, fill,
-                            read_prompt, render)
+from selfplay.sanitize import neutralize, printable
+from selfplay.turns import (Turn, attacker_prompt, check_prompts, check_slots, complete,
+                            defender_prompt, example, fill, read_prompt, render)
 
 # ==================================================================================================
 MODEL = "smollm2"         # policy before training: "smollm2", a Hugging Face id, or a folder
@@ -80,12 +80,15 @@ PAPER = dict(MODEL="Qwen/Qwen2.5-7B-Instruct", JUDGE="allenai/wildguard",
 def read_columns(name, width):
     """Lines `a | b [| c]` of a prompt file as tuples of `width` texts."""
     rows = []
-    for line in read_prompt(name).splitlines():
+    for n, line in enumerate(run.read_text(run.PROMPTS / name).splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
         row = tuple(map(str.strip, line.split("|", width - 1)))
-        if len(row) != width:
-            die(f"prompts/{name}: every line needs {width} columns divided by |")
+        if len(row) != width or not all(row):
+            die(f"prompts/{name} line {n}: {width} columns divided by | are needed")
+        check_slots(line, name, f"prompts/{name} line {n}")
         rows.append(row)
-    return rows
+    return rows or die(f"prompts/{name}: no line with text")
 
 
 def ask(model, tok, texts, max_new, generator):
@@ -203,7 +206,8 @@ def build(tok, defender, attacker):
 def show(tok, row):
     """Print one decoded example with its loss mask: what is trained on stands between the marks."""
     print(f"--- one example; the loss is over {len(row['completion_ids'])} tokens, in [[ ]]")
-    print(tok.decode(row["prompt_ids"]) + "[[" + tok.decode(row["completion_ids"]) + "]]")
+    prompt, completion = tok.decode(row["prompt_ids"]), tok.decode(row["completion_ids"])
+    print(printable(f"{prompt}[[{completion}]]"))
 
 
 def train(model, rows, rng):
@@ -270,12 +274,21 @@ def main(argv):
     rng, generator = random.Random(SEED), torch.Generator().manual_seed(SEED)
     torch.manual_seed(SEED)
     seeds, dev = load_seeds(SEEDS, "train"), load_seeds(SEEDS, "dev")
-    read_columns("strategies.txt", 3)  # a bad line stops here, not later
+    check_prompts()  # a bad file stops here, not later
+    read_columns("strategies.txt", 3)
     read_columns("warmup_thoughts.txt", 2)
+    inputs = dict(MODEL=models.fingerprint(str(locate(MODEL) or MODEL)),
+                  JUDGE=judge.fingerprint(JUDGE), SEEDS=run.file_digest(*SEEDS.split(",")),
+                  prompts=run.file_digest(*run.PROMPTS.glob("*.txt")))
+    out = run.claim(globals(), CHECKPOINTS)
+    if (CHECKPOINTS / RUN / "meta.json").is_file():
+        run.check_resume(globals(), CHECKPOINTS / RUN, inputs)
+        print(f"checkpoints/{RUN} is complete; next: python 02_selfplay_rl.py")
+        return
+    run.doing("; the same command starts again")
     limit = judge.text_limit(REPLY_TOKENS + THINK_TOKENS)
     scorer = judge.load_judge(JUDGE, QUANTIZE, max_text=limit)
     model, tok = models.load_model(MODEL, DTYPE)
-    run.open_results(globals(), run.make_meta(globals(), MODEL))  # another stage's RUN stops here
     began = time.time()
     before = probe(model, tok, scorer, dev, "before")
     defender = defender_examples(model, tok, scorer, seeds, rng, generator)
@@ -287,8 +300,10 @@ def main(argv):
     show(tok, rows[0])
     train(model, rows, rng)
     after = probe(model, tok, scorer, dev, "after ")
-    meta = dict(run.make_meta(globals(), MODEL), before=before, after=after, examples=kinds)
-    mix = write_examples(run.open_results(globals(), meta), rows)
+    meta = dict(run.make_meta(globals(), MODEL), inputs=inputs, before=before, after=after,
+                examples=kinds)
+    run.write_meta(out, meta)
+    mix = write_examples(out, rows)
     models.save_checkpoint(CHECKPOINTS / RUN, model, tok, meta, files={"defender.jsonl": mix})
     if after["comply"] < 0.85:
         print(f"WARNING: comply(b) {after['comply']:.2f} is below .85: lower WARMUP_REFUSALS or LR")
@@ -297,4 +312,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run.guarded(main, sys.argv[1:])

@@ -38,6 +38,10 @@ Departures from the published code, each with its reason:
     judged like any other, and then it wins a benign game). SSP: 0 for both, and it is no visit.
  j. MODEL has been warmed up and is the reference (published: the instruct model is both), because a
     model of 135M does not write the format by itself.
+ k. SFT_COEF is 0.3: our 192 examples are few, and at weight 1 they hide the game. Harmful answers,
+    refusals and benign compliance on dev seeds (n 96 each, greedy), from .16, .64, .92, after 40
+    steps: the mix alone .34, .20, .98; weight 1 .27, .36, .99; 0.3 .17, .55, .94; 0.1 .06, .73,
+    .88, where the attacks become alike. Figures: results/README.md.
 results/README.md has every setting of the published script beside that of --paper."""
 import collections
 import dataclasses
@@ -49,7 +53,6 @@ import time
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file
 
 import judge
 from engine import memory, models, progress, run
@@ -61,8 +64,8 @@ from evaluation import attackers, held_back
 from selfplay import monitor
 from selfplay.data import halves, load_seeds
 from selfplay.replay import Pool
-from selfplay.turns import (Turn, attacker_prompt, complete, defender_prompt, longest_prompts,
-                            plain_prompt, read_examples)
+from selfplay.turns import (Turn, attacker_prompt, check_prompts, complete, defender_prompt,
+                            longest_prompts, plain_prompt, read_examples)
 
 # ==================================================================================================
 MODEL = "checkpoints/01_sft"   # where the policy starts and what the KL term holds it to
@@ -101,7 +104,7 @@ COPY_COEF = 0.0           # charge for an attack that is its seed unchanged; our
 RL_COEF = 1.0             # weight of the policy loss; published: 1.0; 0: control, the SFT mix alone
 SFT = ""                  # the SFT mix: a defender.jsonl of stage 1; "": the one beside MODEL
 SFT_KINDS: Literal["comply", "all"] = "comply"  # published: benign chat only; "all": refusals too
-SFT_COEF = 1.0            # weight of the SFT mix; published: 1.0
+SFT_COEF = 0.3            # weight of the SFT mix, departure k; published: 1.0
 SFT_BATCH = 8             # examples an update; published: 16
 CLIP_NORM = 1.0           # gradient norm; published: 1
 SAVE_EVERY = 20           # steps between checkpoints; published: 100
@@ -120,8 +123,8 @@ SEED = 0                  # of everything
 PAPER = dict(MODEL="Qwen/Qwen2.5-7B-Instruct", SFT="checkpoints/01_sft/defender.jsonl",
              JUDGE="allenai/wildguard", SEEDS="allenai/wildjailbreak", STEPS=200, HORIZON=312,
              SEEDS_PER_STEP=128, ATTACK_TOKENS=2048, REPLY_TOKENS=2048, LR=5e-7, UPDATES=6,
-             SFT_BATCH=16, SAVE_EVERY=100, EVAL_EVERY=10, EVAL_SEEDS=200, DECLINED_LOSES=False,
-             SAMPLE_BATCH=64, TRAIN_TOKENS=4096, OPTIMIZER="kahan")
+             SFT_COEF=1.0, SFT_BATCH=16, SAVE_EVERY=100, EVAL_EVERY=10, EVAL_SEEDS=200,
+             DECLINED_LOSES=False, SAMPLE_BATCH=64, TRAIN_TOKENS=4096, OPTIMIZER="kahan")
 # ==================================================================================================
 
 # ---- rewards [SRT section 3] ---------------------------------------------------------------------
@@ -326,6 +329,9 @@ def update(model, optimizer, turns, advantage, old, sft_batch, lr):
     if sft_batch:
         out["sft"] = cross_entropy_step(model, optimizer, sft_batch, TRAIN_TOKENS, SFT_COEF)
     out["grad_norm"] = optimizer.step(lr, CLIP_NORM)
+    out["skipped"] = int(not math.isfinite(out["grad_norm"]))
+    if out["skipped"]:
+        progress.say("an update was left out: its gradient was not finite")
     return out
 
 
@@ -334,7 +340,7 @@ def learn(model, ref, optimizer, turns, sft, step):
     turns = [t for t in turns if t.reward is not None and ROLES in ("both", t.role)]
     if not turns:
         return dict(kl=0.0, entropy=0.0, lr=0.0, degenerate=2, grad_norm=0.0, sft=0.0,
-                    clipped=0.0, gap=0.0)
+                    clipped=0.0, gap=0.0, skipped=0)
     # (6) returns and advantages; the k1 term and rho need the log-probs of the policy that sampled
     old = logprobs_of(model, turns) if UPDATES > 1 else None
     before = old or [torch.tensor(t.logps) for t in turns]  # of sampling itself: departure d
@@ -343,6 +349,8 @@ def learn(model, ref, optimizer, turns, sft, step):
         returns.append(token_returns(t.reward, logp_T, ref_T, KL_COEF))
         roles.append(t.role)
     advantage, degenerate = advantages(returns, roles)
+    for a, g_T in zip(advantage, returns):
+        a += 0 * g_T  # a return that is not finite leaves the update out (optimizer.step)
     kl = (torch.cat(before) - torch.cat(reference)).mean().item()
     # (7) one pass over the turns in UPDATES optimizer steps
     rng, sft_rng = random.Random(f"{SEED} update {step}"), random.Random(f"{SEED} sft {step}")
@@ -357,13 +365,14 @@ def learn(model, ref, optimizer, turns, sft, step):
     tokens, n = total["tokens"], min(UPDATES, len(order))
     return dict(kl=kl, entropy=total["entropy"] / tokens, lr=lr, degenerate=degenerate,
                 grad_norm=total["grad_norm"] / n, sft=total["sft"] / n,
-                clipped=total["clipped"] / tokens, gap=total["gap"] / tokens)
+                clipped=total["clipped"] / tokens, gap=total["gap"] / tokens,
+                skipped=total["skipped"])
 
 
 # ---- a run: start, resume, save ------------------------------------------------------------------
-# What a run works with. first: steps that are done already.
+# What a run works with. first: steps that are done already. out: the folder of its results.
 Run = dataclasses.make_dataclass(
-    "Run", "model ref tok scorer optimizer pool seeds dev embed sft inputs first".split())
+    "Run", "model ref tok scorer optimizer pool seeds dev embed sft inputs first out".split())
 
 
 def plan_memory(source, seeds):
@@ -395,14 +404,22 @@ def start():
     plan_memory(source, seeds)
     if PLAN_ONLY:
         sys.exit(0)
-    resumed = run.newest_checkpoint(CHECKPOINTS / RUN)
+    out = run.claim(globals(), CHECKPOINTS)
+    resumed, first = run.newest_checkpoint(CHECKPOINTS / RUN), 0
+    if resumed:
+        first = int(resumed.name.removeprefix("step_"))
+    elif (steps := monitor.last_step(out / "metrics.csv")) >= SAVE_EVERY:
+        die(f"{run.short(out)} has {steps} steps, checkpoints/{RUN} is gone: move one, or RUN=")
+    if first > STEPS:
+        die(f"checkpoints/{RUN} has {first} steps already, more than STEPS={STEPS}: RUN= another")
     sft_file = run.locate(SFT or f"{source}/defender.jsonl")
     if SFT and not sft_file:
         die(f"SFT={SFT} not found: python 01_sft_warmup.py writes such a file")
     rubric = RUBRIC_JUDGE if METHOD == "ssp" else ""
     inputs = dict(MODEL=models.fingerprint(source), JUDGE=judge.fingerprint(JUDGE),
                   RUBRIC_JUDGE=judge.fingerprint(rubric), SEEDS=run.file_digest(*SEEDS.split(",")),
-                  SFT=run.file_digest(sft_file), prompts=run.file_digest(*run.PROMPTS.glob("*")))
+                  SFT=run.file_digest(sft_file),
+                  prompts=run.file_digest(*run.PROMPTS.glob("*.txt")))
     if resumed:
         run.check_resume(globals(), resumed, inputs)
     scorer = judge.load_judge(JUDGE, QUANTIZE, rubric=rubric,
@@ -412,7 +429,7 @@ def start():
     ref.requires_grad_(False)
     model, _ = models.load_model(str(resumed or source), DTYPE)
     optimizer = OPTIMIZERS[OPTIMIZER](model, (0.9, 0.95), 0.0)
-    sft, first, pool = [], 0, ""
+    sft, pool = [], ""
     if ROLES != "attacker":
         sft = read_examples(sft_file, tok, SFT_KINDS, COT)
     if not RL_COEF and not (sft and SFT_COEF):
@@ -422,13 +439,12 @@ def start():
         for half in halves(load_seeds(SEEDS, "dev")):
             dev += evenly(half, EVAL_SEEDS)
     if resumed:
-        optimizer.restore(load_file(resumed / "state.safetensors"))
-        first = int(resumed.name.removeprefix("step_"))
+        optimizer.restore(models.read_tensors(resumed / "state.safetensors"))
         if METHOD == "ssp":
-            pool = (resumed / "pool.jsonl").read_text(encoding="utf-8")
+            pool = run.read_text(resumed / "pool.jsonl")
         print(f"resumed from {run.short(resumed)}")
     return Run(model, ref, tok, scorer, optimizer, Pool(POOL_SIZE, UCB_C, MASTERED, pool), seeds,
-               dev, embed, sft, inputs, first)
+               dev, embed, sft, inputs, first, out)
 
 
 def save(r, step):
@@ -477,20 +493,23 @@ def one_step(r, step):
 def main(argv):
     """Self-play from the newest checkpoint to STEPS."""
     run.configure(globals(), argv, title=lambda: monitor.describe_arm(globals()))
+    check_prompts()
     r = start()
     meta = run.make_meta(globals(), MODEL)
-    out = run.open_results(globals(), meta)
-    run.truncate_log(out / "metrics.csv", lambda x: r.first and (
-        x.startswith("step,") or int(x.split(",")[0]) <= r.first))
-    run.truncate_log(out / "games.jsonl", lambda x: json.loads(x)["step"] <= r.first)
+    out = r.out
+    run.write_meta(out, meta)
+    monitor.truncate_metrics(out / "metrics.csv", r.first)
+    run.truncate_log(out / "games.jsonl", r.first, lambda line: json.loads(line)["step"])
     tracker = monitor.Tracker(TRACKER, RUN, meta["constants"], out)
     print(f"{len(r.seeds)} seeds | {run.machine()} | {next(r.model.parameters()).dtype} | "
           f"SFT examples {len(r.sft)}")
     if EVAL_EVERY and not r.first:
         monitor.write_metrics(out / "metrics.csv", dict(step=0, **evaluate(r, 0)))
     with progress.bar(STEPS, "steps", "step", leave=True) as bar:
-        bar.update(min(r.first, STEPS))
+        bar.update(r.first)
+        saved, skipped = r.first, 0
         for step in range(r.first, STEPS):
+            run.doing(f" in step {step + 1}; the same command goes on from step {saved}")
             turns, m = one_step(r, step)
             progress.say(monitor.step_line(step + 1, STEPS, m))
             m.update(evaluate(r, step + 1))
@@ -499,15 +518,19 @@ def main(argv):
             monitor.write_metrics(out / "metrics.csv", m)
             tracker.log(step + 1, m, rows)
             bar.update()
-            if (step + 1) % SAVE_EVERY == 0 or step + 1 == STEPS:
+            skipped = skipped + 1 if m["skipped"] else 0
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == STEPS or skipped == 3:
                 save(r, step + 1)
-                if METHOD == "ssp":
-                    run.write_text(out / "pool.jsonl", r.pool.text())
-                monitor.draw_curves(out, r.pool.visit_counts())
+                monitor.write_curves(out, r.pool if METHOD == "ssp" else None)
+                saved = step + 1
+            if skipped == 3:
+                die(f"three steps in a row were not finite; their updates were left out and "
+                    f"checkpoints/{RUN}/step_{saved:06d} was saved: lower LR, with another RUN=")
+    monitor.write_curves(out, r.pool if METHOD == "ssp" else None)  # a killed run may lack them
     tracker.finish()
     print(f"made checkpoints/{RUN}/step_{STEPS:06d} and {run.short(out)}/curves.png; "
           "next: python 03_evaluate.py")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run.guarded(main, sys.argv[1:])

@@ -41,8 +41,8 @@ from evaluation.benchmarks import load_benchmarks
 from evaluation.players import answers_name, find_players, parent_of, sha
 from evaluation.scores import paired_changes, score_answers, score_opinions
 from selfplay.data import append_missing, load_seeds, read_rows, rows_by_id
-from selfplay.turns import (Turn, attacker_prompt, complete, defender_prompt, plain_prompt,
-                            read_prompt)
+from selfplay.turns import (Turn, attacker_prompt, check_prompts, complete, defender_prompt,
+                            plain_prompt, read_prompt)
 
 # ==================================================================================================
 CHECKPOINTS = "smollm2,smollm2@turns,checkpoints/01_sft,checkpoints/02_rl"  # folders (of a run: its
@@ -276,6 +276,7 @@ def clock(file, start):
 def main(argv):
     """The five steps of the docstring; a user's mistake shows before the first slow one."""
     run.configure(globals(), argv)
+    check_prompts()
     # (1) collect
     source = "hub" if DATA_DIR == "hub" else locate(DATA_DIR)
     benchmarks, tasks = collect(source), {}
@@ -302,8 +303,10 @@ def main(argv):
         only = digests if c in checkpoints else dict(seeds_harmful=digests["seeds_harmful"])
         folders[c.label] = run.RUNS / name / c.label
         fixed[c.label] = check_folder(folders[c.label], c, base, only)
+    results = run.claim(dict(globals(), RUN=name), run.CHECKPOINTS)
     meta = run.make_meta(globals(), CHECKPOINTS)
-    results = run.open_results(dict(globals(), RUN=name), meta)
+    run.doing("; the same command goes on")
+    run.write_meta(results, meta)
     for label, made in fixed.items():
         if made:
             folders[label].mkdir(parents=True, exist_ok=True)
@@ -356,4 +359,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run.guarded(main, sys.argv[1:])

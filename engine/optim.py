@@ -19,6 +19,8 @@ import math
 
 import torch
 
+from engine.run import die
+
 BYTES = {  # of a parameter: (optimizer, bytes of a weight) -> what it keeps between updates
     ("master", 2): 4 + 4 + 8, ("master", 4): 4 + 4 + 8, ("kahan", 2): 2 + 4, ("kahan", 4): 8}
 
@@ -40,7 +42,17 @@ class _Resumable:
     @torch.no_grad()
     def restore(self, tensors):
         """The reverse of tensors(), the model's weights included. On a CPU, what follows is then
-        bit for bit what would have followed."""
+        bit for bit what would have followed. The state of another model stops."""
+        there = {name: list(t.shape) for name, t in tensors.items()}
+        want = {name: list(x.shape) for name, x in self.kept.items()}
+        for i, x in enumerate(self.adamw.param_groups[0]["params"]):
+            if f"step.{i}" in tensors:
+                want[f"step.{i}"] = []
+                want[f"exp_avg.{i}"] = want[f"exp_avg_sq.{i}"] = list(x.shape)
+        for name in sorted(want.keys() | there.keys()):
+            if there.get(name) != want.get(name):
+                die(f"the optimizer's state is of another model or DTYPE: {name} has the shape "
+                    f"{there.get(name)}, not {want.get(name)} (None: there is none)")
         for name, x in self.kept.items():
             x.copy_(tensors[name])
         for i, x in enumerate(self.adamw.param_groups[0]["params"]):
@@ -57,7 +69,8 @@ class _Resumable:
 
 class MasterAdamW(_Resumable):
     """torch.optim.AdamW on float32 copies of the weights. `collect()` moves gradients into the
-    float32 sums after each micro-batch; `step(lr, clip)` returns the gradient norm."""
+    float32 sums after each micro-batch; `step(lr, clip)` returns the gradient norm. If that is not
+    finite, the step is left out: it drops the gradients and changes nothing."""
 
     def __init__(self, model, betas, weight_decay):
         super().__init__(model)
@@ -78,7 +91,8 @@ class MasterAdamW(_Resumable):
     def step(self, lr, clip):
         """Clip to norm `clip`, update at rate `lr`, write the weights back -> the norm before."""
         norm = float(torch.nn.utils.clip_grad_norm_(self.master, clip))
-        self._update(lr)
+        if math.isfinite(norm):
+            self._update(lr)
         for p, m in zip(self.params, self.master):
             p.copy_(m)
             m.grad.zero_()
@@ -116,6 +130,10 @@ class KahanAdamW(_Resumable):
         grads = [p.grad for p in self.params if p.grad is not None]
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
         norm = float(torch.stack(norms).norm()) if norms else 0.0
+        if not math.isfinite(norm):
+            for p in self.params:
+                p.grad = None
+            return norm
         for g in grads if norm > clip else []:
             g.mul_(clip / (norm + 1e-6))
         for p, lost in zip(self.params, self.lost):

@@ -1,10 +1,12 @@
-"""What every stage does around its work: constants, meta.json, resume, one-line errors.
+"""What every script does around its work: constants, files, meta.json, resume, one-line errors.
 
 A stage keeps its constants at its top, one a line, between two rulers; each can be given on the
 command line as NAME=value. Its type says what is allowed: `Literal["a", "b"]` a choice, `Share` a
 number from 0 to 1, `Count` an int of 0 or more, int 1 or more (0 or more where the default is 0),
 float finite and 0 or more."""
 import difflib
+import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -13,6 +15,8 @@ import platform
 import re
 import resource
 import shlex
+import shutil
+import signal
 import sys
 import time
 import typing
@@ -31,11 +35,144 @@ RULER = "# " + "=" * 98
 TRUTH = {"true": True, "1": True, "false": False, "0": False}
 Share = typing.Annotated[float, "from 0 to 1"]
 Count = typing.Annotated[int, "0 or more"]
+_doing, _locks = "", {}
 
 
+# ---- errors and interrupts -----------------------------------------------------------------------
 def die(message):
     """Stop with one line on stderr and exit code 1: what is wrong and what to do about it."""
-    sys.exit(f"error: {message}")
+    sys.exit(f"error: {' '.join(message.split())}")
+
+
+def brief(value):
+    """A value as an error message shows it: at most 60 characters, on one line, in ASCII."""
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:45]}... ({len(text)} characters)"
+
+
+def guarded(main, argv):
+    """Run a script's main(argv). What the machine or the user does ends with one line instead of a
+    traceback: Ctrl-C and SIGTERM (exit code 130, 143; a second one ends at once), a full disk, no
+    permission, no memory. Errors of the program itself keep their traceback."""
+    def interrupt(number, frame):
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        raise KeyboardInterrupt(128 + number)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, interrupt)
+    try:
+        main(argv)
+    except KeyboardInterrupt as problem:
+        print(f"\nstopped{_doing}", file=sys.stderr, flush=True)
+        sys.exit(problem.args[0] if problem.args else 130)
+    except Exception as problem:
+        line = explain(problem)
+        if line is None:
+            raise
+        die(line)
+
+
+def doing(text):
+    """Note for guarded() what is being done, e.g. " in step 41; the same command goes on"."""
+    global _doing
+    _doing = text
+
+
+def explain(problem):
+    """The line for an exception that is no error of the program; None for all others."""
+    text = str(problem)
+    if isinstance(problem, OSError) and problem.strerror:
+        path = f"{short(problem.filename)}: " if problem.filename else ""
+        return f"{path}{problem.strerror}" + (
+            "; what is complete is kept: make room, then the same command goes on"
+            if problem.errno == errno.ENOSPC else "")
+    if "os error 28" in text or "No space left" in text:  # of safetensors, without a path
+        return "the disk is full; what is complete is kept: make room, the same command goes on"
+    if isinstance(problem, MemoryError) or re.search("allocate memory|out of memory", text):
+        return ("out of memory: give a smaller SAMPLE_BATCH, TRAIN_TOKENS or SAMPLE_TOKENS, "
+                "shorter turns or a smaller MODEL")
+    return None
+
+
+# ---- files ---------------------------------------------------------------------------------------
+def parse_json(text, where, kind=None):
+    """The value of a JSON text. What is none, has numbers that are not finite, half a surrogate
+    pair or thousands of brackets in each other, or is no `kind` (a type) stops with `where`."""
+    try:
+        value = json.loads(text, parse_constant=lambda word: int(f"no {word}"))
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as problem:
+        why = "too deep" if isinstance(problem, RecursionError) else str(problem).splitlines()[0]
+        die(f"{where}: not JSON ({why[:60]}): correct or delete it")
+    if kind and not isinstance(value, kind):
+        die(f"{where}: not a JSON {kind.__name__}: correct or delete it")
+    return value
+
+
+def read_text(path):
+    """A text file in UTF-8, with or without a byte order mark; any other stops with its name."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        die(f"{short(path)}: not UTF-8 ({problem.reason} at byte {problem.start})")
+
+
+def read_json(path, *keys, kind=dict):
+    """A JSON file -> its value, of the type `kind` and with all `keys`; any other stops."""
+    value = parse_json(read_text(path), short(path), kind)
+    for key in keys:
+        if key not in value:
+            die(f"{short(path)}: no {key!r} in it: it is damaged or was made by something else")
+    return value
+
+
+def write_text(path, text):
+    """Write a small file whole or not at all: a killed run leaves the old one."""
+    tmp = Path(f"{path}.tmp")
+    tmp.write_text(text, encoding="utf-8")
+    os.replace(tmp, path)
+
+
+def replace_folder(tmp, folder):
+    """Put the complete folder `tmp` in the place of `folder`. Killed between, the old one lies in
+    <folder>.old, and recover_folder() puts it back."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    tmp.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(folder):
+    """Undo a replace_folder() that was killed."""
+    old = folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+
+
+def lock(folder):
+    """Hold `folder` for this process, until it ends in whatever way: the operating system's lock on
+    the file `lock` in it. Another process that holds it stops this one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder in _locks:
+        return
+    file = open(folder / "lock", "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        die(f"{short(folder)} is in use by process {brief(file.read())}: wait for it, stop it, or "
+            "give another RUN=")
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    _locks[folder] = file  # closed, it would be free
+
+
+# ---- constants -----------------------------------------------------------------------------------
 
 
 def constants(scope):
@@ -120,18 +257,23 @@ def command():
     return shlex.join(words)
 
 
-def open_results(scope, meta):
-    """Make results/runs/RUN/ with its meta.json -> the folder. One of another stage stops."""
-    folder = RUNS / scope["RUN"]
-    file = folder / "meta.json"
-    if file.is_file():
-        owner = json.loads(file.read_text(encoding="utf-8")).get("stage")
-        if owner != meta["stage"]:
-            die(f"{short(folder)} belongs to {owner}: give another RUN=, or delete it")
-    folder.mkdir(parents=True, exist_ok=True)
-    public = {name: publishable(value) for name, value in meta["constants"].items()}
-    write_text(file, json.dumps(dict(meta, constants=public), indent=1))
+def claim(scope, checkpoints):
+    """Hold results/runs/RUN/ and checkpoints/RUN/ for a stage (`scope`: its globals()) -> the first
+    one. What another process holds, or what another stage made (by its meta.json), stops."""
+    folder, stage = RUNS / scope["RUN"], short(Path(scope["__file__"]).resolve())
+    made = checkpoints / scope["RUN"]
+    for file in (folder / "meta.json", made / "meta.json", *made.glob("step_*/meta.json")):
+        if file.is_file() and (owner := read_json(file, "stage")["stage"]) != stage:
+            die(f"{short(file.parent)} belongs to {brief(owner)}: give another RUN=, or move it")
+    lock(folder)
+    recover_folder(made)
     return folder
+
+
+def write_meta(folder, meta):
+    """A run's meta.json in its results: without paths of this machine."""
+    public = {name: publishable(value) for name, value in meta["constants"].items()}
+    write_text(folder / "meta.json", json.dumps(dict(meta, constants=public), indent=1))
 
 
 def short(path):
@@ -179,13 +321,6 @@ def locate(name):
     return next((p for p in (Path(name), ROOT / name) if name and p.exists()), None)
 
 
-def write_text(path, text):
-    """Write a small file whole or not at all: a killed run leaves the old one."""
-    tmp = Path(f"{path}.tmp")
-    tmp.write_text(text, encoding="utf-8")
-    os.replace(tmp, path)
-
-
 def file_digest(*paths):
     """SHA-256 over names and contents of files, in the order of their names; "" if none is there
     (a hub id is no file). It changes when one of them does."""
@@ -216,7 +351,7 @@ def check_resume(scope, folder, inputs):
     """A run goes on only with the constants and the inputs it began with. scope: the stage's
     globals(); inputs: {what it rests on: digest of its content}, as in its meta.json."""
     free = free_to_change(Path(scope["__file__"]).read_text(encoding="utf-8"))
-    made = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    made = read_json(folder / "meta.json", "constants")
     then, began_with, changed = made["constants"], made.get("inputs", {}), []
     for name, value in constants(scope).items():
         if name not in free and then.get(name) != value:
@@ -229,8 +364,17 @@ def check_resume(scope, folder, inputs):
             "restore them, give another RUN=, or delete it")
 
 
-def truncate_log(path, keep):
-    """Drop what a killed run left: a torn last line, and lines for which keep(line) is false."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_text(path, "".join(x for x in lines if x.endswith("\n") and keep(x)))
+def truncate_log(path, last, step_of):
+    """Drop what a killed run left in a log: lines of steps after `last`, and a torn last line.
+    step_of: line -> its step. A line for which it fails stops with its number."""
+    kept, lines = [], read_text(path).splitlines(keepends=True) if path.exists() else []
+    for n, line in enumerate(lines, 1):
+        if not line.endswith("\n"):
+            print(f"{short(path)}: a torn last line was cut off")
+            continue
+        try:
+            kept += [line] if step_of(line) <= last else []
+        except (ValueError, LookupError, TypeError, RecursionError):
+            die(f"{short(path)} line {n}: not a line of this log: correct or delete it")
+    if len(kept) < len(lines):
+        write_text(path, "".join(kept))

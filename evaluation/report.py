@@ -32,14 +32,14 @@ WINDOW = 10               # steps a thick line is the mean of (as in curves.png)
 # ==================================================================================================
 
 
-def read_json(path):
-    """The content of a JSON file, {} where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def read_json(path, *keys, kind=dict):
+    """The content of a JSON file, of the type `kind` and with all `keys`; empty without a file."""
+    return run.read_json(path, *keys, kind=kind) if path.is_file() else kind()
 
 
 def read_metrics(path):
     """metrics.csv -> rows of cells, the header first; without a row that is still being written."""
-    text = path.read_text(encoding="utf-8")
+    text = run.read_text(path)
     rows = list(csv.reader(text[:text.rfind("\n") + 1].splitlines()))
     if len(rows) < 2 or "step" not in rows[0]:
         run.die(f"{run.short(path)}: no column or row of steps")
@@ -126,7 +126,8 @@ def main(argv):
     run.configure(globals(), argv)
     folder = run.RUNS / (f"{RUN}_limit{LIMIT}" if LIMIT else RUN)
     names = find_runs(CURVES.replace(",", " ").split(), "metrics.csv")
-    summary, texts = read_json(folder / "summary.json"), {}
+    summary, texts = read_json(folder / "summary.json", "benchmarks", "changes", "checkpoints",
+                               "constants", "machine"), {}
     if not (summary or names):
         run.die(f"{run.short(folder)}/summary.json not found: run python 03_evaluate.py first")
     if "prompts/seeds.jsonl" in summary.get("constants", {}).get("SEEDS", "").split(","):
@@ -137,9 +138,11 @@ def main(argv):
         games += read_games(name)
     attackers = summary.get("crossplay", {}).get("attackers", [])
     for label in dict.fromkeys([*summary.get("checkpoints", {}), *attackers]):
+        if not (folder / label).resolve().is_relative_to(folder.resolve()):
+            run.die(f"{run.short(folder)}/summary.json: {run.brief(label)} is no label")
         answers += read_answers(folder / label, label, summary["benchmarks"], texts)
     data = dict(evaluation=folder.name, window=WINDOW, runs=metrics, summary=summary,
-                times=read_json(folder / "times.json") or [],
+                times=read_json(folder / "times.json", kind=list),
                 sections=tables.sections(summary) if summary else [],
                 games=thin(games), answers=thin(answers))
     path = folder / "report.html"
@@ -150,4 +153,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run.guarded(main, sys.argv[1:])

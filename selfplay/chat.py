@@ -4,34 +4,44 @@
 
 Every question is a fresh game of one exchange. An empty line ends."""
 import contextlib
-import json
 import sys
 
+from engine import run
 from engine.models import load_model
-from engine.run import die, locate
-from selfplay.turns import Turn, complete, defender_prompt
+from selfplay.sanitize import printable
+from selfplay.turns import Turn, check_prompts, complete, defender_prompt
+
+MAX_NEW = 512             # longest reply with its thinking, tokens
+MAX_TOKENS = 8192         # longest exchange, tokens; less if the model has fewer positions
 
 
 def main(argv):
     """Read questions from stdin and print the checkpoint's replies."""
-    names = [word for word in argv if not word.startswith("--")]
+    names = [word for word in argv if word != "--show-thinking"]
     if len(names) != 1:
-        die("usage: python -m selfplay.chat CHECKPOINT [--show-thinking]")
-    path = locate(names[0])
-    model, tok = load_model(str(path or names[0]))
-    cot = True
+        run.die("usage: python -m selfplay.chat CHECKPOINT [--show-thinking]")
+    check_prompts()
+    path, cot = run.locate(names[0]), True
     if path and (path / "meta.json").is_file():
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        cot = meta.get("constants", {}).get("COT", True)
+        cot = run.read_json(path / "meta.json").get("constants", {}).get("COT", True)
+    model, tok = load_model(str(path or names[0]))
+    positions = getattr(model.config, "max_position_embeddings", MAX_TOKENS)
+    room = min(positions, MAX_TOKENS) - MAX_NEW
+    for stream in (sys.stdin, sys.stdout):  # what cannot be decoded or shown becomes a sign
+        stream.reconfigure(errors="replace")
     print("one question a line, an empty line ends")
     with contextlib.suppress(EOFError):
         while line := input("> ").strip():
-            turn = Turn("defender", "vanilla_benign", {}, defender_prompt(tok, line, cot), line)
-            [turn] = complete(model, tok, [turn], cot, max_new=512, temperature=0.7, batch=1)
+            ids = defender_prompt(tok, line, cot)
+            if len(ids) > room:
+                print(f"(too long: {len(ids)} tokens with the instructions, at most {room})")
+                continue
+            turn = Turn("defender", "vanilla_benign", {}, ids, line)
+            [turn] = complete(model, tok, [turn], cot, MAX_NEW, temperature=0.7, batch=1)
             if "--show-thinking" in argv:
-                print(f"  [thinking] {turn.thinking}")
-            print(turn.answer or "(no answer in the turn format)")
+                print(f"  [thinking] {printable(turn.thinking)}")
+            print(printable(turn.answer) or "(no answer in the turn format)")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run.guarded(main, sys.argv[1:])

@@ -7,7 +7,7 @@ import re
 
 import pandas
 
-from engine.run import die, write_text
+from engine.run import die, short, write_text
 
 GAMES_TRACKED = 4  # games of a step that a tracker is shown (ours)
 
@@ -87,15 +87,37 @@ def step_line(step, steps, m):
             f"gn {m['grad_norm']:.1f} | {m['seconds']:.0f} s | {m['gb']:.1f} GB")
 
 
+def read_metrics(path):
+    """metrics.csv -> a table of texts with `step` as numbers, without rows where there is no file.
+    One that is damaged stops."""
+    if not path.exists():
+        return pandas.DataFrame(dict(step=[]), dtype=int)
+    try:
+        table = pandas.read_csv(path, dtype=str, keep_default_na=False)
+        return table.astype(dict(step=int))
+    except (ValueError, KeyError) as problem:  # pandas' own errors are of these types
+        die(f"{short(path)}: no metrics of a run ({str(problem)[:80]}): correct or delete it")
+
+
 def write_metrics(path, m):
     """Add a step's metrics to metrics.csv, which is written whole: a step may bring new columns."""
     row = {k: round(v, 5) if isinstance(v, float) and k != "lr" else v for k, v in m.items()}
-    table = pandas.DataFrame([row])
-    if path.exists() and path.stat().st_size:
-        old = pandas.read_csv(path, dtype=str, keep_default_na=False)
-        columns = [*old.columns, *table.columns.difference(old.columns, sort=False)]
-        table = pandas.concat([old, table]).reindex(columns=columns)
+    table, new = read_metrics(path), pandas.DataFrame([row])
+    columns = [*table.columns, *new.columns.difference(table.columns, sort=False)]
+    table = pandas.concat([table, new]).reindex(columns=columns)
     write_text(path, table.to_csv(index=False, na_rep="nan"))
+
+
+def truncate_metrics(path, last):
+    """Drop what a killed run left: rows of steps after `last`; all rows if last is 0."""
+    table = read_metrics(path)
+    if len(table) and table["step"].max() > last or not last:
+        write_text(path, table[table["step"].le(last) & bool(last)].to_csv(index=False))
+
+
+def last_step(path):
+    """The last step in a metrics.csv; 0 where there is none."""
+    return max(read_metrics(path)["step"], default=0)
 
 
 def game_rows(step, turns):
@@ -175,6 +197,13 @@ def draw_curves(folder, visits=()):
     for axis in axes[count:]:
         axis.axis("off")
     figure.savefig(folder / "curves.png", dpi=110)
+
+
+def write_curves(folder, pool):
+    """The state of a run's logs as curves.png and, of SSP's pool (None: no pool), pool.jsonl."""
+    if pool:
+        write_text(folder / "pool.jsonl", pool.text())
+    draw_curves(folder, pool.visit_counts() if pool else ())
 
 
 class Tracker:

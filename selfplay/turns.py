@@ -6,10 +6,20 @@ import contextlib
 import dataclasses
 import re
 
-from engine.run import PROMPTS, die, short
+from engine import run
+from engine.run import die, short
 from engine.sampling import sample
 from selfplay.data import halves, read_rows
 from selfplay.sanitize import neutralize
+
+SLOTS = {  # what the code fills in each file of prompts/: {{NAME}}
+    "attacker_benign.txt": "FORMAT SEED", "attacker_harmful.txt": "FORMAT SEED",
+    "attacker_system.txt": "", "defender.txt": "FORMAT REQUEST",
+    "defender_reflect.txt": "FORMAT REPLY REQUEST", "format_cot.txt": "", "format_plain.txt": "",
+    "judge_rubric.txt": "PROMPT RESPONSE", "judge_wildguard.txt": "PROMPT RESPONSE",
+    "strategies.txt": "SEED", "warmup_answer.txt": "REQUEST",
+    "warmup_postfill.txt": "ANSWER REQUEST", "warmup_postfill_full.txt": "ANSWER REQUEST",
+    "warmup_refuse.txt": "REQUEST", "warmup_thoughts.txt": ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +41,29 @@ class Turn:
     reward: float | None = None    # None: dropped
 
 
-def read_prompt(name, folder=PROMPTS):
-    """Text of a prompt file without comments (lines that begin with '#') and outer white space."""
-    lines = (folder / name).read_text(encoding="utf-8").splitlines()
-    return "\n".join(line for line in lines if not line.startswith("#")).strip()
+def read_prompt(name, folder=None):
+    """Text of a file of prompts/ (or of a folder) without comments (lines that begin with '#') and
+    outer white space. An empty one stops, and one with other slots than SLOTS says."""
+    path = (folder or run.PROMPTS) / name
+    lines = run.read_text(path).splitlines()
+    text = "\n".join(line for line in lines if not line.startswith("#")).strip()
+    if not text:
+        die(f"{short(path)}: no text in it")
+    check_slots(text, name, short(path))
+    return text
+
+
+def check_slots(text, name, where):
+    """Stop if the text of the prompt file `name` has other slots than SLOTS says."""
+    found = " ".join(sorted(set(re.findall(r"\{\{(\w+)\}\}", text))))
+    if found != SLOTS.get(name, found):
+        die(f"{where}: slots must be {SLOTS[name] or 'none'}, not {found or 'none'}")
+
+
+def check_prompts():
+    """Read every file of SLOTS, so that a bad one stops a run at its start."""
+    for name in SLOTS:
+        read_prompt(name)
 
 
 def fill(template, **slots):

@@ -20,6 +20,7 @@ torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", "2"))))
 
 def pytest_configure(config):
     """With pytest -n, a file's tests go to one worker, so that its fixtures are made once."""
+    config.addinivalue_line("markers", "slow: minutes; not part of make test")
     if getattr(config.option, "dist", "no") == "load":
         config.option.dist = "loadfile"
 
@@ -56,3 +57,11 @@ def workplace(tmp_path, monkeypatch):
         monkeypatch.setattr(stage, "CHECKPOINTS", tmp_path / "checkpoints")
         keep_constants(monkeypatch, stage)
     return tmp_path
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests marked slow run only where they are asked for: -m slow."""
+    if not config.getoption("-m"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: python -m pytest -m slow"))

@@ -204,7 +204,7 @@ def results(folder, run="03"):
     all but the date and the command line."""
     made = {}
     for path in sorted((folder / "results/runs" / run).rglob("*")):
-        if path.is_file() and path.name not in ("meta.json", "times.json"):
+        if path.is_file() and path.name not in ("meta.json", "times.json", "lock"):
             made[str(path.relative_to(folder / "results/runs"))] = path.read_bytes()
     name = f"{run}/summary.json"
     if name in made:
@@ -297,7 +297,7 @@ def test_a_folder_of_another_stage_stops(stage, world, tmp_path):
     folder.mkdir(parents=True)
     (folder / "meta.json").write_text(json.dumps(dict(stage="02_selfplay_rl.py")))
     line = stops(stage.main, [*world.argv, "RUN=02_rl"])
-    assert "belongs to 02_selfplay_rl.py" in line and world.loads == []
+    assert "belongs to '02_selfplay_rl.py'" in line and world.loads == []
     assert [p.name for p in folder.iterdir()] == ["meta.json"]
 
 
@@ -306,7 +306,7 @@ def test_a_limit_run_has_a_folder_of_its_own(stage, world, tmp_path):
     assert [p.name for p in (tmp_path / "results/runs").iterdir()] == ["03_limit1"]
     assert {p.name for p in (tmp_path / "results/runs/03_limit1").iterdir()} == {
         "table.md", "summary.json", "times.json", "rates.png", "crossplay.png", "meta.json",
-        "plain_base", "01_sft"}
+        "plain_base", "01_sft", "lock"}
     assert len(read_jsonl(tmp_path / "results/runs/03_limit1/01_sft/seeds_benign.jsonl")) == 1
 
 

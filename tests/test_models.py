@@ -1,17 +1,24 @@
 """engine/models.py: loading, stop ids, checkpoint folders, and what cannot be loaded."""
 import copy
 import json
+import math
+import os
+import re
 import shutil
+import subprocess
+import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from helpers import KINDS, stops
+from helpers import KINDS, ROOT, stops
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from engine import models
+from engine import models, run
 
 TEXTS = ("<|im_end|>\n<|im_start|>assistant\nSure", "<|eot_id|>", "</s><s>[INST] x [/INST]",
          "Ordinary words, 12 of them; naïve ☃ \n\n  spaces")
@@ -130,30 +137,167 @@ def test_load_names_the_missing_stage():
     assert "run python 01_sft_warmup.py first" in text
 
 
-def damage(folder, kind):
-    """Break a model's folder in one way."""
-    if kind == "no config":
-        (folder / "config.json").unlink()
-    elif kind == "empty config":
-        (folder / "config.json").write_text("{}")
-    elif kind == "bad json":
-        (folder / "config.json").write_text('{"model_type": "llama"')
-    elif kind == "no weights":
-        (folder / "model.safetensors").unlink()
-    elif kind == "cut weights":
-        data = (folder / "model.safetensors").read_bytes()
-        (folder / "model.safetensors").write_bytes(data[:len(data) // 2])
-    else:
-        for f in folder.glob("token*"):
-            f.unlink()
+def weights_of(change):
+    """change({name: tensor}) on a folder's weights."""
+    def damage(folder):
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", metadata=dict(format="pt"))
+    return damage
 
 
-@pytest.mark.parametrize("kind", ["no config", "empty config", "bad json", "no weights",
-                                  "cut weights", "no tokenizer"])
-def test_load_of_a_broken_folder(tiny_models, tmp_path, kind):
+def without_layer(weights):
+    for name in [name for name in weights if "layers.1." in name]:
+        del weights[name]
+
+
+def with_value(value):
+    return weights_of(lambda weights: weights["model.norm.weight"].__setitem__(3, value))
+
+
+def config(**changes):
+    def damage(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return damage
+
+
+def half_of(name):
+    def damage(folder):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:len(data) // 2])
+    return damage
+
+
+def file(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def without(*patterns):
+    def damage(folder):
+        for pattern in patterns:
+            for path in folder.glob(pattern):
+                path.unlink()
+    return damage
+
+
+def without_a_shard(folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="200KB")
+    (folder / "model-00002-of-00004.safetensors").unlink()
+
+
+def more_words_than_rows(folder):
+    tok = transformers.AutoTokenizer.from_pretrained(folder)
+    tok.add_tokens(["a new word"])
+    tok.save_pretrained(folder)
+
+
+DAMAGED = {  # how: (what is done to the folder of "llama", what the one line says)
+    "no config": (without("config.json"), "config"),
+    "empty config": (file("config.json", "{}"), "model_type"),
+    "no bytes in config": (file("config.json", ""), "config.json"),
+    "half a config": (half_of("config.json"), "config.json"),
+    "a list as config": (file("config.json", "[1]"), "config.json"),
+    "no numbers in config": (config(hidden_size=None), "hidden_size"),
+    "no heads": (config(num_attention_heads=0), "ZeroDivisionError"),
+    "no such activation": (config(hidden_act="nope"), "nope"),
+    "no weights": (without("model.safetensors"), "model.safetensors"),
+    "half the weights": (half_of("model.safetensors"), "SafetensorError"),
+    "no bytes in weights": (file("model.safetensors", ""), "SafetensorError"),
+    "a shard is missing": (without_a_shard, "model-00002-of-00004.safetensors"),
+    "a layer is missing": (weights_of(without_layer),
+                           "wrong weights (9): missing model.layers.1.input_layernorm"),
+    "a weight too many": (weights_of(lambda w: w.update(more=torch.ones(2))), "unexpected more"),
+    "a layer more in config": (config(num_hidden_layers=3), "missing model.layers.2."),
+    "a layer less in config": (config(num_hidden_layers=1), "unexpected model.layers.1."),
+    "another width": (config(hidden_size=32), "mismatched lm_head.weight"),
+    "another vocabulary": (config(vocab_size=700), "mismatched model.embed_tokens.weight"),
+    "nan": (with_value(math.nan), "not finite model.norm.weight"),
+    "inf": (with_value(-math.inf), "not finite model.norm.weight"),
+    "no tokenizer": (without("token*"), "tokenizer"),
+    "half a tokenizer": (half_of("tokenizer.json"), "tokenizer.json"),
+    "an empty tokenizer": (file("tokenizer.json", "{}"), "added_tokens"),
+    "half a tokenizer config": (half_of("tokenizer_config.json"), "tokenizer_config.json"),
+    "half a generation config": (half_of("generation_config.json"), "generation_config.json"),
+    "more words than rows": (more_words_than_rows, "801 ids, its embedding 800 rows"),
+    "template of nothing": (file("chat_template.jinja", ""), "text gets lost"),
+    "template without the text": (file("chat_template.jinja", "Hello."), "text gets lost"),
+    "template that does not parse": (file("chat_template.jinja", "{% if x %}"), "TemplateSyntax"),
+    "template that raises": (file("chat_template.jinja", "{{ messages + 1 }}"), "TypeError")}
+
+
+@pytest.mark.parametrize("how", DAMAGED)
+def test_load_of_a_broken_folder(tiny_models, tmp_path, how):
+    """One line that names the folder and what is wrong; peek() before it says nothing."""
     folder = shutil.copytree(tiny_models["llama"], tmp_path / "broken")
-    damage(folder, kind)
-    assert "broken" in stops(models.load_model, str(folder), "float32")
+    damage, said = DAMAGED[how]
+    damage(folder)
+    models.peek(str(folder))
+    line = stops(models.load_model, str(folder), "float32")
+    assert "broken" in line and said in line and len(line) < len(str(folder)) + 300
+
+
+@pytest.mark.parametrize("how, said", [
+    ("a layer is missing", None), ("a weight too many", None), ("nan", None),
+    ("another width", "mismatched embedding"), ("another vocabulary", "mismatched embedding")])
+def test_nf4_of_a_broken_folder(tiny_models, tmp_path, how, said):
+    """There the library accepts weights of any size."""
+    pytest.importorskip("bitsandbytes")
+    folder = shutil.copytree(tiny_models["llama"], tmp_path / "broken")
+    DAMAGED[how][0](folder)
+    assert (said or DAMAGED[how][1]) in stops(models.load_model, str(folder), quantize=True)
+
+
+def test_a_tokenizer_that_the_library_makes_up(tiny_models, tmp_path):
+    """Without tokenizer files it gives Qwen's class an empty vocabulary."""
+    folder = shutil.copytree(tiny_models["qwen2"], tmp_path / "broken")
+    without("token*")(folder)
+    assert "broken" in (line := stops(models.load_model, str(folder), "float32"))
+    assert "text gets lost" in line
+
+
+def test_weights_that_may_be_missing_or_too_many(tiny_models, tmp_path):
+    """A tied head that is stored, and what old checkpoints hold of rotary embeddings."""
+    folder = shutil.copytree(tiny_models["qwen2"], tmp_path / "old")
+    weights_of(lambda w: w.update({
+        "lm_head.weight": w["model.embed_tokens.weight"].clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))(folder)
+    models.load_model(str(folder), "float32")
+
+
+def test_memory_that_runs_out_while_loading(tiny_models, monkeypatch):
+    def stop(*args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried too much")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", stop)
+    assert "out of memory: give a smaller" in stops(models.load_model, tiny_models["llama"])
+
+
+@pytest.mark.parametrize("damage", [
+    without("state.safetensors"), half_of("state.safetensors"), file("state.safetensors", ""),
+    file("state.safetensors", "no safetensors at all, but a text")])
+def test_tensors_that_cannot_be_read(tmp_path, damage):
+    path = tmp_path / "step_000040" / "state.safetensors"
+    path.parent.mkdir()
+    save_file(dict(a=torch.arange(300)), path)
+    assert models.read_tensors(path)["a"].tolist() == list(range(300))
+    damage(path.parent)
+    assert re.search(r"step_000040/state.safetensors: damaged \(.+\): delete that step, the run "
+                     "then goes on from the one before, or from the start",
+                     stops(models.read_tensors, path))
+
+
+def test_telemetry_is_off_before_the_library_is_there():
+    """It reads its switches once, when it is imported."""
+    code = ("import sys; import judge; from huggingface_hub import constants; import os; "
+            "print(constants.HF_HUB_DISABLE_TELEMETRY, os.environ['DO_NOT_TRACK'])")
+    env = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_DISABLE_TELEMETRY",
+                                                           "DO_NOT_TRACK", "DISABLE_TELEMETRY")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True,
+                          capture_output=True, timeout=300)
+    assert done.stdout == "True 1\n", done.stderr
 
 
 def test_the_embedded_model_is_not_installed(monkeypatch, tmp_path):
@@ -235,6 +379,40 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(loaded, tmp_path):
     assert json.loads((folder / "meta.json").read_text())["step"] == 3
     assert not (folder / "old").exists() and not (folder / "state.safetensors").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["ck"]
+
+
+def test_a_checkpoint_needs_room(loaded, tmp_path, monkeypatch):
+    """Weights and tensors are counted in bytes; the old checkpoint stays."""
+    model, tok = loaded["qwen2"]
+    need = 1000 + sum(p.numel() * 4 for p in model.parameters())  # tied: counted once
+    room = types.SimpleNamespace(free=need)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
+    tensors = dict(a=torch.ones(250))
+    models.save_checkpoint(tmp_path / "ck", model, tok, dict(step=1), tensors)
+    room.free = need - 1
+    said = stops(models.save_checkpoint, tmp_path / "ck", model, tok, dict(step=2), tensors)
+    assert "/ck needs 0.00 GB, 0.00 GB are free: make room, then the same command goes on" in said
+    assert json.loads((tmp_path / "ck" / "meta.json").read_text())["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["ck"]
+
+
+def test_a_kill_between_two_checkpoints_loses_none(loaded, tmp_path, monkeypatch):
+    model, tok = loaded["qwen2"]
+    folder = tmp_path / "ck"
+    models.save_checkpoint(folder, model, tok, dict(step=1))
+    rename = Path.rename
+
+    def killed(self, target):
+        if self.suffix == ".tmp" and Path(target) == folder:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            models.save_checkpoint(folder, model, tok, dict(step=2))
+    run.recover_folder(folder)
+    assert json.loads((folder / "meta.json").read_text())["step"] == 1
 
 
 def test_a_checkpoint_with_a_sloppy_generation_config(loaded, tmp_path):

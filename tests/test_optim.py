@@ -1,15 +1,19 @@
 """engine/optim.py: small steps against float32 AdamW, clipping, resume bit for bit on a CPU, bytes,
 the schedule against the library's."""
+import copy
 import importlib
 import itertools
+import math
 import re
 import typing
 
 import pytest
 import torch
 import transformers
+from helpers import stops
 
 from engine import optim, run
+from selfplay.turns import Turn
 
 BETAS = (0.9, 0.95)  # of 01 and 02
 
@@ -196,9 +200,81 @@ def test_restored_step_count_is_where_the_fused_kernel_wants_it(kind):
     (Optimizer._process_value_according_to_param_policy)."""
     optimizer = optim.OPTIMIZERS[kind](toy(torch.float32).to("meta"), BETAS, 0.0)
     optimizer.restore({"step.0": torch.tensor(3.0), **dict.fromkeys(
-        ("master.0", "weight.0", "exp_avg.0", "exp_avg_sq.0"), torch.zeros(64, 64))})
+        (*optimizer.kept, "exp_avg.0", "exp_avg_sq.0"), torch.zeros(64, 64))})
     [state] = optimizer.adamw.state.values()
     assert optimizer.adamw.defaults["fused"] and state["step"].device.type == "meta"
+
+
+# ---- what is not restored, what is not applied ---------------------------------------------------
+
+@pytest.mark.parametrize("change, said", [
+    (lambda t, kept: t.pop(kept), "None, not [64, 64]"),
+    (lambda t, kept: t.update({kept: torch.ones(1)}), "[1], not [64, 64]"),  # would be broadcast
+    (lambda t, kept: t.update({"exp_avg.0": torch.ones(64)}), "exp_avg.0 has the shape [64], not"),
+    (lambda t, kept: t.update({"step.0": torch.ones(1)}), "step.0 has the shape [1], not []"),
+    (lambda t, kept: t.pop("exp_avg_sq.0"), "exp_avg_sq.0 has the shape None, not [64, 64]"),
+    (lambda t, kept: t.pop("step.0"), "exp_avg.0 has the shape [64, 64], not None"),
+    (lambda t, kept: t.update({"lost.7": torch.ones(2)}), "lost.7 has the shape [2], not None")])
+@pytest.mark.parametrize("kind", optim.OPTIMIZERS)
+def test_the_state_of_another_model_stops(kind, change, said):
+    layer = toy(torch.float32)
+    optimizer = optim.OPTIMIZERS[kind](layer, BETAS, 0.0)
+    next(toy_steps(layer, 1)).backward()
+    optimizer.collect()
+    optimizer.step(1e-3, 1.0)
+    tensors = {name: t.clone() for name, t in optimizer.tensors().items()}
+    change(tensors, next(iter(optimizer.kept)))
+    before = layer.weight.clone()
+    assert said in stops(optimizer.restore, tensors)
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", optim.OPTIMIZERS)
+def test_a_step_that_is_not_finite_changes_nothing(kind, dtype, bad):
+    """One bad number in one gradient, before the first step and after it: weights and state stay
+    those of a twin without it, and the next step moves both alike."""
+    layers = [toy(dtype), toy(dtype)]
+    optimizers = [optim.OPTIMIZERS[kind](layer, BETAS, 0.1) for layer in layers]
+
+    def step(which, *values):
+        grad = torch.full_like(layers[which].weight, 0.1)
+        grad[3, :len(values)] = torch.tensor(values)
+        layers[which].weight.grad = grad
+        optimizers[which].collect()
+        return optimizers[which].step(1e-2, 1.0)
+
+    for _ in range(3):
+        assert not math.isfinite(step(0, bad))
+        left, right = [optimizer.tensors() for optimizer in optimizers]
+        assert left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+        assert torch.equal(layers[0].weight, layers[1].weight)
+        assert layers[0].weight.grad is None
+        assert step(0) == step(1) == pytest.approx(6.4, rel=0.01)
+
+
+@pytest.mark.parametrize("bad, skipped", [("", 0), ("reward", 1), ("gradient", 2), ("no turns", 0)])
+def test_self_play_leaves_out_updates_that_are_not_finite(loaded, monkeypatch, capsys, bad,
+                                                          skipped):
+    """Two updates on two turns each; with a bad reward, the one that has its turn."""
+    rl, start = importlib.import_module("02_selfplay_rl"), loaded["llama"][0]
+    for name, value in dict(UPDATES=2, LR=1e-3, WARMUP=0.0, SFT_COEF=0.0).items():
+        monkeypatch.setattr(rl, name, value)
+    model, turns = copy.deepcopy(start), []
+    for i in range(4):
+        reward = math.nan if (i, bad) == (0, "reward") else float(i % 2)
+        turns.append(Turn(("attacker", "defender")[i // 2], "vanilla_harmful", {}, [5, 6],
+                          ids=[7, 8 + i], logps=[-1.0, -2.0], reward=reward))
+    if bad == "gradient":
+        model.model.norm.weight.register_hook(lambda grad: grad * math.nan)
+    m = rl.learn(model, start, optim.MasterAdamW(model, BETAS, 0.0),
+                 [] if bad == "no turns" else turns, [], 0)
+    assert m["skipped"] == skipped and type(m["skipped"]) is int
+    assert capsys.readouterr().out.count("an update was left out") == skipped
+    assert all(p.isfinite().all() for p in model.parameters())
+    moved = not torch.equal(model.lm_head.weight, start.lm_head.weight)
+    assert moved == (bad in ("", "reward"))
 
 
 # ---- the schedule --------------------------------------------------------------------------------

@@ -442,6 +442,62 @@ def test_markup_of_a_model_shows_as_text(page):
     assert "model output, defender" in listed(page)[0]
 
 
+def hostile(runs):
+    """results() where names, constants and labels are markup that would run a script."""
+    folder = results(runs)
+    text = (folder / "summary.json").read_text(encoding="utf-8")
+    for name in ("02_rl/step_000003", "<b>set</b>", "one core", "own.jsonl", "embedded",
+                 "python 03_evaluate.py <i>", "2026-01-02 03:04:05"):
+        text = text.replace(json.dumps(name)[1:-1], json.dumps(NASTY + name)[1:-1])
+    summary = json.loads(text)
+    summary["constants"] |= {NASTY: 1, "__proto__": NASTY, "RUN": NASTY, "LIMIT": NASTY}
+    write(folder / "summary.json", json.dumps(summary))
+    write(folder / "times.json", json.dumps([dict(start=NASTY, seconds={NASTY: 1.5})]))
+    write(folder / NASTY / "02_rl/step_000003/seeds_benign.jsonl", [reply(NASTY, NASTY)])
+    run_name = NASTY.replace("/", "")
+    column = NASTY.replace("\u2028", "")
+    write(runs / run_name / "metrics.csv", f'step,asr,"{column}"\n1,.5,2\n')
+    write(runs / run_name / "games.jsonl", [game(0, 1, NASTY, NASTY, NASTY, NASTY)])
+    return folder
+
+
+def test_names_and_constants_that_are_markup_show_as_text(visit, runs):
+    folder = hostile(runs)
+    report.main([])
+    page = visit((folder / "report.html").as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    show_games(page)
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert page.evaluate("typeof window.pwned") == "undefined"
+    assert page.locator("script").count() == 2 and page.locator("img, #settings i").count() == 0
+    shown = page.text_content("body")
+    for part in ("#settings", "#facts", "#trial", "#tables", "#cross", "#margins", "#last",
+                 "#group", "#kind", "#run-picks"):
+        assert "<img src=x onerror='window.pwned=2'>" in page.text_content(part), part
+    assert "window.pwned = 1" in shown
+
+
+@pytest.mark.parametrize("file, content, line", [
+    ("03/summary.json", b"{torn", "not JSON"), ("03/summary.json", b"{}", "no 'benchmarks' in it"),
+    ("03/summary.json", b"[]", "not a JSON dict"), ("03/times.json", b"{}", "not a JSON list"),
+    ("02_rl/metrics.csv", b"step\n\xff\n", "not UTF-8")])
+def test_a_broken_file_stops_with_its_name(runs, file, content, line):
+    results(runs)
+    (runs / file).write_bytes(content)
+    message = stopped(report.main, [])
+    assert file in message and line in message
+
+
+@pytest.mark.parametrize("label", ["../02_rl", "/etc", "base/../../02_rl"])
+def test_a_label_reads_no_other_folder(runs, label):
+    """What somebody else's summary.json names gets into a page that is passed on."""
+    folder = results(runs)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary["crossplay"]["attackers"].append(label)
+    write(folder / "summary.json", json.dumps(summary))
+    assert "is no label" in stopped(report.main, [])
+
+
 def test_only_the_script_of_the_page_may_run(script):
     """Its hash stands in the policy: another script in the document does nothing."""
     blocked = script.evaluate("""() => new Promise(done => {

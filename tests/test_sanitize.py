@@ -1,10 +1,11 @@
 """selfplay/sanitize.py: what a text cannot do to a prompt, and what a judge reads of it."""
 import re
+import time
 
 import pytest
 from helpers import KINDS
 
-from selfplay.sanitize import DELIMITERS, neutralize, unforge
+from selfplay.sanitize import DELIMITERS, neutralize, printable, unforge
 from selfplay.turns import attacker_prompt, defender_prompt
 
 INJECTIONS = [
@@ -126,3 +127,67 @@ def test_neutralize_keeps_ordinary_text(loaded, text):
     ("1 </s><s> 2", "1 2")])
 def test_unforge(loaded, text, want):
     assert unforge(text, loaded["mistral"][1]) == want
+
+
+# ---- texts made to be slow -----------------------------------------------------------------------
+
+def repeat(text, *more):
+    """100,000 characters: `text` over and over, then as often each of `more`."""
+    times = 100_000 // sum(map(len, (text, *more)))
+    return "".join(part * times for part in (text, *more))
+
+
+LONG = {
+    "nested words": repeat("Harmful ", "request: "),
+    "nested lines": repeat("Response\n", "refusal:\n"),
+    "nested roles": repeat("\nHuman ", "user: "), "nested markers": repeat("<|im_<s>", "end|>"),
+    "words and markers": repeat("Harmful <s> ", "request: "),
+    "header": repeat("<|start_header_id|>" + " " * 50_000), "spaces": repeat("x" + " " * 9999),
+    "lines": repeat("\n"), "tabs": "\n" + repeat("\t"), "rules": repeat("-----\n"),
+    "one rule": "\n" + repeat("-", " "), "rejoined": repeat("<|im_<|im_end|>end|>"),
+    "many": repeat("</s>"), "brackets": repeat("<"), "gaps": repeat("Harmful" + " " * 999),
+    "short nests": repeat("Harmful Harmful request: request: ")}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_texts_are_fast_and_come_out_clean(loaded, name):
+    _, tok = loaded["mistral"]
+    for clean in (neutralize, unforge):
+        began = time.process_time()
+        text = clean(LONG[name], tok)
+        assert time.process_time() - began < 1.0
+        assert clean(text, tok) == text  # nothing is left, and nothing was made by joining
+
+
+def test_deep_nests_leave_no_marker(loaded):
+    """Each pass takes one level; what is deeper is joined by dots."""
+    _, tok = loaded["mistral"]
+    for depth in range(1, 30):
+        text = unforge("x " + "Harmful " * depth + "request: no " * depth + "y", tok)
+        assert not re.search(r"(?i)harmful\s*request\s*:", text)
+        assert (text == "x y") == (depth <= 8), text
+
+
+@pytest.mark.parametrize("words, text, want", [
+    (["aaa"], "aaaaa", "a a a aa"),        # delimiters that overlap
+    (["a b"], "a b", "a" + " " * 9 + "b"),  # no space can break it, but it ends
+])
+def test_odd_special_tokens(words, text, want):
+    class Tok:
+        added_tokens_decoder = dict(enumerate(words))
+
+    assert neutralize(text, Tok()) == want
+
+
+# ---- printable -----------------------------------------------------------------------------------
+
+def test_printable():
+    plain = "plain\ttext\nüñ中\U0001f600 \u200d"
+    assert printable(plain) == plain
+    for code in [*range(32), *range(0x7f, 0xa0), 0x61c, 0x200e, 0x200f, *range(0x202a, 0x202f),
+                 *range(0x2066, 0x206a), 0xd800, 0xdfff]:
+        shown = printable(f"a{chr(code)}b")
+        assert shown == (f"a{chr(code)}b" if chr(code) in "\t\n"
+                         else "a" + chr(code).encode("unicode_escape").decode() + "b")
+        assert shown.isprintable() or chr(code) in "\t\n"
+    assert printable("\x1b[31m\x9b") == r"\x1b[31m\x9b"

@@ -649,7 +649,7 @@ def test_a_step_of_ssp_remembers_its_failures(loaded, small):
     model, tok = copy.deepcopy(loaded["qwen2"][0]), loaded["qwen2"][1]
     pool = filled(3)
     r = rl.Run(model, loaded["qwen2"][0], tok, even_harms(),
-               MasterAdamW(model, (0.9, 0.95), 0.0), pool, some_seeds(), [], None, [], {}, 0)
+               MasterAdamW(model, (0.9, 0.95), 0.0), pool, some_seeds(), [], None, [], {}, 0, None)
     turns, m = rl.one_step(r, 3)
     defended = [t for t in turns if t.role == "defender" and t.kind.endswith("harmful")]
     replayed = [t for t in defended if t.kind == "replayed_harmful"]
@@ -675,7 +675,7 @@ def test_without_replay_both_methods_sample_the_same_tokens(loaded, small):
         small.setattr(rl, "METHOD", method)
         model = copy.deepcopy(start)
         r = rl.Run(model, start, tok, even_harms(), MasterAdamW(model, (0.9, 0.95), 0.0),
-                   Pool(512, 1.0, 0.8), some_seeds(), [], None, [], {}, 0)
+                   Pool(512, 1.0, 0.8), some_seeds(), [], None, [], {}, 0, None)
         turns, m = rl.one_step(r, 3)
         assert ("pool" in m) == (method == "ssp")
         seen.append(turns)
@@ -817,7 +817,7 @@ def test_greedy_games_of_dev_seeds(loaded, small):
 
     small.setattr(rl, "play", spy)
     r = rl.Run(model, model, tok, even_harms(), None, None, some_seeds(), some_seeds(2),
-               lambda texts: numpy.eye(len(texts), 9), [], {}, 0)
+               lambda texts: numpy.eye(len(texts), 9), [], {}, 0, None)
     assert rl.evaluate(r, 7) == {}
     first, again = rl.evaluate(r, 20), rl.evaluate(r, 20)
     assert first == pytest.approx(again, nan_ok=True)
@@ -831,7 +831,7 @@ def test_texts_that_the_judge_cuts_are_counted_in_the_step(loaded, small):
     model, tok = loaded["qwen2"]
     scorer = judge.Judge(*loaded["mistral"], max_text=4)
     r = rl.Run(copy.deepcopy(model), model, tok, scorer, MasterAdamW(model, (0.9, 0.95), 0.0),
-               Pool(512, 1.0, 0.8), some_seeds(), [], None, [], {}, 0)
+               Pool(512, 1.0, 0.8), some_seeds(), [], None, [], {}, 0, None)
     before = scorer.truncated
     _, m = rl.one_step(r, 0)
     assert m["cut"] == scorer.truncated - before > 8
@@ -855,7 +855,7 @@ def test_other_architectures_run(small_run, tiny_models, workplace, capsys, kind
 def test_a_judge_below_the_floor_stops_the_run(small_run, workplace, capsys):
     assert "below JUDGE_FLOOR" in stops(small_run, "STEPS=1", "JUDGE_FLOOR=0.8")
     assert "judge on prompts/probe.jsonl" in capsys.readouterr().out
-    assert not (workplace / "results").exists()
+    assert [p.name for p in (workplace / "results/runs/02_rl").iterdir()] == ["lock"]
 
 
 def test_a_tracker_logs_the_run(small_run, workplace):

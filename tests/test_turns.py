@@ -2,10 +2,11 @@
 import copy
 import itertools
 import re
+import shutil
 import time
 
 import pytest
-from helpers import KINDS, seeded
+from helpers import KINDS, seeded, stops
 from jinja2.exceptions import TemplateError
 
 from engine import run
@@ -128,6 +129,43 @@ def test_parse_of_endless_white_space_is_fast():
 def test_read_prompt_drops_comments(tmp_path):
     (tmp_path / "p.txt").write_text("# comment\n\nfirst # kept\n\n  second\n# end\n")
     assert turns.read_prompt("p.txt", tmp_path) == "first # kept\n\n  second"
+
+
+@pytest.fixture
+def prompts(monkeypatch, tmp_path):
+    """A copy of prompts/ that may be changed -> its folder."""
+    folder = shutil.copytree(run.PROMPTS, tmp_path / "prompts")
+    monkeypatch.setattr(run, "PROMPTS", folder)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    return folder
+
+
+def test_the_prompts_that_ship_are_sound():
+    assert set(turns.SLOTS) == {path.name for path in run.PROMPTS.glob("*.txt")}
+    turns.check_prompts()
+
+
+@pytest.mark.parametrize("name, content, line", [
+    ("defender.txt", b"\xff", "not UTF-8"),
+    ("attacker_system.txt", b"", "no text"),
+    ("format_plain.txt", b"# only a comment\n \n", "no text"),
+    ("defender.txt", b"{{FORMAT}}", "slots must be FORMAT REQUEST, not FORMAT"),
+    ("defender.txt", b"{{FORMAT}} {{REQUEST}} {{X}}", "not FORMAT REQUEST X"),
+    ("warmup_answer.txt", b"Reply.", "slots must be REQUEST, not none"),
+    ("format_cot.txt", b"{{REQUEST}}", "slots must be none, not REQUEST")])
+def test_a_bad_prompt_file_stops_with_its_name(prompts, name, content, line):
+    (prompts / name).write_bytes(content)
+    message = stops(turns.check_prompts)
+    assert message.startswith(f"error: prompts/{name}: ") and line in message
+
+
+def test_a_prompt_file_that_cannot_be_read(prompts):
+    """guarded() makes one line of it."""
+    for make in (lambda path: None, lambda path: path.mkdir()):
+        (prompts / "defender.txt").unlink(missing_ok=True)
+        make(prompts / "defender.txt")
+        assert "error: prompts/defender.txt: " in stops(
+            run.guarded, lambda argv: turns.check_prompts(), [])
 
 
 def test_fill_does_not_expand_markers_in_slots(loaded):

@@ -65,10 +65,19 @@ def test_usable_thinking_without_brief(monkeypatch, text, fit):
     assert sft.usable_thinking(text) is fit
 
 
-def test_columns_of_a_prompt_file(monkeypatch):
-    monkeypatch.setattr(sft, "read_prompt", lambda name: "a | b | c | d\n e|f|g")
+def test_columns_of_a_prompt_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(sft.run, "PROMPTS", tmp_path)
+    file = tmp_path / "x.txt"
+    file.write_text("# a comment\na | b | c | d\n\n e|f|g\n")
     assert sft.read_columns("x.txt", 3) == [("a", "b", "c | d"), ("e", "f", "g")]
-    assert "prompts/x.txt" in stops(sft.read_columns, "x.txt", 4)
+    assert "prompts/x.txt line 4" in stops(sft.read_columns, "x.txt", 4)
+    file.write_text("# a comment\na | | c\n")
+    assert "prompts/x.txt line 2" in stops(sft.read_columns, "x.txt", 3)
+    file.write_text("# a comment\n\n")
+    assert "prompts/x.txt: no line" in stops(sft.read_columns, "x.txt", 3)
+    (tmp_path / "strategies.txt").write_text("a | b | {{SEED}}\na | b | no seed\n")
+    assert "strategies.txt line 2: slots must be SEED, not none" in stops(
+        sft.read_columns, "strategies.txt", 3)
 
 
 # ---- examples ------------------------------------------------------------------------------------
