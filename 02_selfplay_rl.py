@@ -408,7 +408,7 @@ def start():
     resumed, first = run.newest_checkpoint(CHECKPOINTS / RUN), 0
     if resumed:
         first = int(resumed.name.removeprefix("step_"))
-    elif (steps := monitor.last_step(out / "metrics.csv")) >= SAVE_EVERY:
+    elif (steps := monitor.last_step(out / "metrics.csv")) > SAVE_EVERY:
         die(f"{run.short(out)} has {steps} steps, checkpoints/{RUN} is gone: move one, or RUN=")
     if first > STEPS:
         die(f"checkpoints/{RUN} has {first} steps already, more than STEPS={STEPS}: RUN= another")

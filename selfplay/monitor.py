@@ -168,7 +168,8 @@ PANELS = {  # title -> {column of metrics.csv: legend}
 
 
 def draw_curves(folder, visits=()):
-    """folder/metrics.csv as curves.png: thin lines are steps, thick lines means over 10 steps.
+    """folder/metrics.csv as curves.png: thin lines are steps, thick lines means over 10 steps, dots
+    the evaluations on dev seeds.
     Panels without values are left out. visits: of each item of the pool, for a histogram."""
     from matplotlib.figure import Figure
     table = pandas.read_csv(folder / "metrics.csv").dropna(axis=1, how="all")
@@ -182,6 +183,10 @@ def draw_curves(folder, visits=()):
     axes = figure.subplots(height, 3, squeeze=False).ravel()
     for axis, title in zip(axes, panels):
         for name in table.columns.intersection(list(PANELS[title]), sort=False):
+            if name.startswith("dev_"):  # known in some steps only
+                known = table[["step", name]].dropna()
+                axis.plot(known["step"], known[name], "o-", lw=2, label=PANELS[title][name])
+                continue
             [thin] = axis.plot(table["step"], table[name], lw=0.6, alpha=0.35)
             axis.plot(table["step"], smooth[name], lw=2, color=thin.get_color(),
                       label=PANELS[title][name])

@@ -3,8 +3,10 @@ removes a file the process is killed (os._exit, nothing is flushed). The same co
 again, and its files must be those of a run that nobody disturbed, times and memory apart. Slow (some
 minutes), so `make test` leaves it out: python -m pytest -m slow tests/test_kills.py"""
 import builtins
+import contextlib
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import sys
@@ -22,7 +24,7 @@ CHANGING = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rm
 KILLED = 9
 
 
-# ---- in the forked process -----------------------------------------------------------------------
+# ---- in the process that is killed ---------------------------------------------------------------
 
 class Torn(io.TextIOWrapper):
     """A log of which the process writes half a line and dies."""
@@ -70,39 +72,39 @@ def watch(folder, places, kill_at, torn):
     builtins.open = opened
 
 
-def live(stage, words, folder, kill_at=0, torn=False):
-    """main() of a stage below `folder`, in a fork of this process -> (exit code, its places)."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child:
-        os.close(writer)
-        with os.fdopen(reader, encoding="utf-8") as pipe:
-            said = pipe.read()
-        _, status = os.waitpid(child, 0)
-        return os.waitstatus_to_exitcode(status), said.splitlines()
-    code = 1
-    try:
-        os.close(reader)
-        os.dup2(os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-        os.dup2(1, 2)
-        run.ROOT, run.RUNS = folder, folder / "results" / "runs"
-        module = import_stage(stage)
-        if hasattr(module, "CHECKPOINTS") and isinstance(module.CHECKPOINTS, Path):
-            module.CHECKPOINTS = folder / "checkpoints"
-        os.chdir(folder)
-        places = []
-        watch(folder, places, kill_at, torn)
-        module.main(words)
-        os.write(writer, "\n".join(places).encode())
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-    finally:
-        os._exit(code)
+def child(stage, words, folder, kill_at, torn, pipe):
+    """main() of a stage below `folder`; sends its places."""
+    said = os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    run.ROOT, run.RUNS = folder, folder / "results" / "runs"
+    module = import_stage(stage)
+    if isinstance(module.CHECKPOINTS, Path):
+        module.CHECKPOINTS = folder / "checkpoints"
+    os.chdir(folder)
+    places = []
+    watch(folder, places, kill_at, torn)
+    module.main(words)
+    pipe.send(places)
 
 
 # ---- in this process -----------------------------------------------------------------------------
+
+def live(stage, words, folder, kill_at=0, torn=False):
+    """Run child() in a process of its own -> (exit code, its places)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "peft", "safetensors.torch", "pandas",
+                                    "matplotlib.figure", "sklearn.metrics"])
+    pipe, far = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(stage, words, folder, kill_at, torn, far))
+    process.start()
+    far.close()
+    places = []
+    with contextlib.suppress(EOFError):
+        places = pipe.recv()
+    process.join()
+    return process.exitcode, places
+
 
 def content(folder):
     """{file: what must be the same} below checkpoints/ and results/."""

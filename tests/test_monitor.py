@@ -113,6 +113,27 @@ def test_games_file(tmp_path):
     assert "attacker" not in plain
 
 
+# ---- curves of dev seeds ---------------------------------------------------------------------------
+
+def test_evaluations_are_drawn_where_they_were_made(tmp_path, monkeypatch):
+    """Known in steps 0 and 2 of 3: a point each, no mean over steps."""
+    from matplotlib.figure import Figure
+    for step in range(4):
+        dev = dict(dev_asr=0.1 * step) if step % 2 == 0 else {}
+        monitor.write_metrics(tmp_path / "metrics.csv", dict(step=step, asr=0.5, **dev))
+    lines = {}
+
+    def savefig(self, *_, **__):
+        for axis in self.axes:
+            for line in axis.lines:
+                lines[line.get_label()] = line.get_xydata().tolist()
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    monitor.draw_curves(tmp_path)
+    drawn = lines["attacked, answered harmfully"]
+    assert drawn == [[0.0, 0.0], [2.0, pytest.approx(0.2)]]
+
+
 # ---- curves --------------------------------------------------------------------------------------
 
 @pytest.fixture
