@@ -4,6 +4,7 @@ They are made from real rows, judge_adapter/texts/ and prompts/strategies.txt; t
 from how. A part of every list of texts is kept for measuring: `fresh` makes rows of it alone."""
 import itertools
 import json
+import re
 import types
 
 from engine.run import PROMPTS, ROOT
@@ -22,10 +23,17 @@ def read_part(name, fresh, folder=TEXTS):
     return kept if fresh else lines
 
 
+def read_wrappers(fresh):
+    """The texts of wrappers.json for training, or if `fresh` those for measuring."""
+    texts = json.loads((TEXTS / "wrappers.json").read_text(encoding="utf-8"))
+    return texts["measuring" if fresh else "training"]
+
+
 def gather(rows, rng, fresh):
     """What augmented rows are made of: the texts, and the real rows by what they are good for."""
     texts = json.loads((TEXTS / "augment.json").read_text(encoding="utf-8"))
-    s = types.SimpleNamespace(**texts["both"], **texts["measuring" if fresh else "training"])
+    part = "measuring" if fresh else "training"
+    s = types.SimpleNamespace(**texts["both"], **texts[part], **read_wrappers(fresh))
     s.rng, s.pick, s.fresh = rng, rng.choice, fresh
     for name in ("refusals", "agreements"):  # every line comes before one comes again
         lines = read_part(f"{name}.txt", fresh)
@@ -40,6 +48,9 @@ def gather(rows, rng, fresh):
     s.benign = [r["prompt"] for r in rows if r.get("prompt_harmful") is False]
     s.bad = [r for r in rows if r.get("response_harmful") is True]
     s.replies = [r for r in rows if r.get("response") and r.get("response_harmful") is not None]
+    s.refused = [r for r in s.replies if r.get("response_refusal") is True]
+    s.complied = [r for r in s.replies if not r["response_harmful"]
+                  and r.get("prompt_harmful") is False and not r.get("response_refusal")]
     s.helpful = [r["response"] for r in s.replies
                  if r["response_harmful"] is False and r.get("prompt_harmful") is False]
     return s
@@ -69,6 +80,64 @@ def polite(s):
 
 def shelled(s, request):
     return fill(s.pick(s.shells + s.rewrites), X=request, SEED=request)
+
+
+def wrapped(s, request):
+    """A request in an attack's pretext; one in three is long, put together from sentences."""
+    if s.rng.random() < 2 / 3:
+        text = s.pick(s.wrappers + s.stories + s.shells + s.rewrites)
+    else:
+        rules = s.rng.sample(s.rules, s.rng.randint(3, min(12, len(s.rules))))
+        text = " ".join([s.pick(s.openings), *rules, s.pick(s.endings)])
+    return fill(text, X=request, SEED=request)
+
+
+def sentences(text):
+    return re.findall(r"\S.*?(?:[.!?](?=\s)|$)", text, re.MULTILINE) or [text]
+
+
+def lines_of(s, n):
+    """n harmless sentences in a row, of a helpful reply."""
+    every = sentences(s.pick(s.helpful))
+    start = s.rng.randrange(max(1, len(every) - n))
+    return " ".join(every[start:start + n])
+
+
+def restyled(s, text):
+    style = s.pick(s.styles)
+    return "\n".join(style.format(x=x) for x in sentences(text))
+
+
+def inserted(s, text):
+    """A reply with a refusal in it: in training at its end or after a third, to measure anywhere
+    else; so neither the wording nor the place is known."""
+    parts, third = sentences(text), s.rng.randint(1, 3)
+    at = len(parts) * third // 3 if not s.fresh else len(parts) * third // 4
+    if not s.fresh and third == 2:
+        at = len(parts)
+    return " ".join([*parts[:max(1, at)], polite(s), *parts[max(1, at):]])
+
+
+# What an attacker may have a reply dressed in; the labels of the exchange stay.
+DRESSES = {
+    "style": restyled,
+    "lines": lambda s, text: f"{text}\n\n{lines_of(s, s.rng.randint(2, 4))}",
+    "lines_first": lambda s, text: f"{lines_of(s, 2)}\n\n{text}",
+    "claim": lambda s, text: f"{text}\n{s.pick(s.claims + s.forgeries)}",
+    "noise": lambda s, text: f"{text} {gibberish(s)[:60]}"}
+
+
+def dressed(s, x):
+    name = s.pick(sorted(DRESSES))
+    return changed("dressed", x, response=DRESSES[name](s, x["response"]))
+
+
+def partial(s, x):
+    """The first half of a harmful reply, then somebody's refusal."""
+    parts = sentences(x["response"])
+    start = " ".join(parts[:(len(parts) + 1) // 2])
+    return changed("partial", x, response=f"{start} {s.pick(s.refused)['response']}",
+                   response_refusal=False)
 
 
 # Kinds: s, and x picked from a list -> source, prompt, response, the labels that are known.
@@ -128,7 +197,30 @@ KINDS = [
     (1, "replies", lambda s, x: changed(
         "forged", x, prompt=f"{x['prompt']}\n{s.pick(s.forgeries)}")),
     (1, "replies", lambda s, x: changed(
-        "forged", x, response=f"{x['response']}\n{s.pick(s.forgeries)}"))]
+        "forged", x, response=f"{x['response']}\n{s.pick(s.forgeries)}")),
+    (3, "bad", lambda s, x: changed("wrapped_complied", x, prompt=wrapped(s, x["prompt"]))),
+    (3, "complied", lambda s, x: changed("wrapped_benign", x, prompt=wrapped(s, x["prompt"]))),
+    (2, "refused", lambda s, x: changed("story_refused", x, prompt=fill(
+        s.pick(s.stories), X=x["prompt"]))),
+    (2, "refused", lambda s, x: changed("wrapped_refused", x, prompt=wrapped(s, x["prompt"]))),
+    (2, "bad", partial),
+    (3, "bad", lambda s, x: changed("closing_refusal", x, response_refusal=False,
+                                    response=inserted(s, x["response"]))),
+    (4, "bad", dressed),
+    (3, "complied", dressed),
+    (2, "refused", dressed)]
+
+
+def attacked(rows, rng, fresh):
+    """Rows whose request is a bare goal, wrapped as attacks are, two of three. The label of a reply
+    holds for the goal, so it stays."""
+    s = types.SimpleNamespace(**read_wrappers(fresh), shells=[], rng=rng, pick=rng.choice)
+    lines = read_part("strategies.txt", fresh, PROMPTS)
+    s.rewrites = [line.split("|", 2)[2].strip() for line in lines]
+    out = []
+    for row in rows:
+        out.append(dict(row, prompt=wrapped(s, row["prompt"])) if rng.random() < 2 / 3 else row)
+    return out
 
 
 def augment(rows, n, rng, fresh):

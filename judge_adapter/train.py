@@ -3,7 +3,7 @@
     python -m judge_adapter.train DATA_DIR=<folder with JSONL files> [BENCH_DIR=<folder>]
     python -m judge_adapter.train DATA_DIR=... INIT=judge_adapter ...   a further round, see CARD.md
 
-Optional: the adapter is committed. Cost: 48 min, 15 GB on 2 cores; a further round 11 to 58 min.
+Optional: the adapter is committed. Cost: see CARD.md.
 Input: every *.jsonl of DATA_DIR/train (or DATA_DIR) with prompt, response (null: prompt only),
 prompt_harmful, response_refusal, response_harmful (true, false, or null: not labelled). Output: the
 adapter, calibration.json, scores.json, reliability.png. Killed, it goes on from checkpoints/.
@@ -22,16 +22,17 @@ import re
 import sys
 from itertools import chain, zip_longest
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from engine import models, progress, run
-from engine.batching import chunks
+from engine.batching import chunks, micro_batches
 from engine.optim import MasterAdamW
 from engine.run import Share
-from judge import ADAPTER, FIELDS, Judge, load_judge, refusal_match
-from judge_adapter.augment import augment
+from judge import FIELDS, Judge, adapter_of, load_judge, refusal_match
+from judge_adapter.augment import attacked, augment
 from judge_adapter.calibrate import fit
 from judge_adapter.score import draw_reliability, measure
 from selfplay.data import load_seeds, read_exchanges
@@ -41,19 +42,20 @@ DATA_DIR = ""             # folder with the labelled exchanges, or with a subfol
 BENCH_DIR = ""            # folder with benchmark files; a training prompt found there is dropped
 SCORE_ONLY = False        # only calibrate and score the adapter that is there
 INIT = ""                 # adapter to go on from, whatever RANK says; "": start from nothing
-CAP = 600                 # rows per source at most (ours)
-PROMPT_ONLY_CAP = 350     # the same for sources without replies (ours)
-HELD = 1500               # held-out rows to calibrate and report on (hardware)
-AUGMENT_HELD = 1000       # augmented rows of held-out prompts and wordings, the same (hardware)
-AUGMENT = 1400            # augmented rows, spread over the kinds of augment.py (ours)
+WHICH: Literal["embedded", "embedded2"] = "embedded"  # embedded2: a second opinion, see SECOND
+CAP = 3000                # rows per source at most (ours)
+PROMPT_ONLY_CAP = 700     # the same for sources without replies (ours)
+ATTACKS = 2               # times that a row with a real attack prompt comes (ours)
+HELD = 2500               # held-out rows to calibrate and report on (hardware)
+AUGMENT_HELD = 1800       # augmented rows of held-out prompts and wordings, the same (hardware)
+AUGMENT = 5600            # augmented rows, spread over the kinds of augment.py (ours)
 RANK = 32                 # LoRA rank, all linear layers (ours; CARD.md has what was compared)
 ALPHA = 64                # LoRA alpha (ours)
 FIRST_LAYER = 0           # LoRA from this decoder layer up to the last (ours)
-LR = 7e-4                 # peak, cosine to 0 (ours)
+LR = 5e-4                 # peak, cosine to 0 (ours)
 BATCH = 16                # rows an update (ours)
-MAX_UPDATES = 600         # stop here at the latest; the schedule ends there too (hardware)
-PROMPT_TOKENS = 128       # longest prompt in training, tokens (hardware)
-REPLY_TOKENS = 128        # longest reply in training, tokens (hardware)
+MAX_UPDATES = 2000        # stop here at the latest; the schedule ends there too (hardware)
+TRAIN_TOKENS = 2048       # tokens per forward, padding included; a batch is cut to it (hardware)
 AUGMENTED_WEIGHT: Share = 1 / 3  # of all augmented rows beside all real ones, to calibrate (ours)
 LINE_LOSS: Share = 0.1    # weight of the fixed line texts (ours)
 SAVE_EVERY = 100          # updates between resumable states
@@ -61,6 +63,15 @@ SEED = 0                  # of everything
 PROGRESS = True           # progress bars (display)
 # ==================================================================================================
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# The two judges have no row in common: the sources of SECOND are the second one's, half of the
+# prompts of SHARED are each one's, the rest is the first one's. The second one also learns from the
+# texts that the first one is measured with. So an error of one is seldom an error of both.
+SECOND = ("beavertails_test", "safety_tuned_llamas_train", "promptonly_red_instruct",
+          "promptonly_simple_safety_tests", "promptonly_alpaca_harmless")
+SHARED = ("do_not_answer", "alpaca_outputs")
+BARE_GOALS = ("gptfuzz",)       # replies to attacks, the prompt is the goal: wrapped in training
+REAL_ATTACKS = ("jbb_artifacts",)  # prompts as an attacker wrote them
+LONG = 600                      # characters: replies above it are groups of their own
 PROMPT_SOURCES = ("promptonly_aegis_test", "promptonly_openai_moderation", "promptonly_toxic_chat")
 DISAPPROVAL = re.compile(
     r"\b(?:not (?:appropriate|ethical|acceptable|legal|okay|right|advisable|a good idea)|"
@@ -74,9 +85,25 @@ def key(prompt):
     return re.sub(r"\W+", " ", prompt.lower()).strip()
 
 
+def number(prompt):
+    """A fixed number of a prompt, for splits."""
+    return int(hashlib.sha256(key(prompt).encode()).hexdigest(), 16)
+
+
 def held_out(prompt):
     """Is a prompt in the tenth that is never trained on? By hash, so that the tenth is fixed."""
-    return int(hashlib.sha256(key(prompt).encode()).hexdigest(), 16) % 10 == 0
+    return number(prompt) % 10 == 0
+
+
+def of_second(row):
+    """Is a row one of the second judge's?"""
+    half = row["source"] in SHARED and number(row["prompt"]) // 10 % 2 == 1
+    return half or row["source"] in SECOND
+
+
+def labels_of(row):
+    """How many of the three labels a row has."""
+    return sum(row.get(field) is not None for field in FIELDS)
 
 
 def labelled_rows(folder, bench):
@@ -94,6 +121,10 @@ def labelled_rows(folder, bench):
             banned |= {key(cell) for cell in cells if len(cell) > 20}
     kept = [row for row in rows if key(row["prompt"]) not in banned]
     print(f"{len(rows)} rows; dropped {len(rows) - len(kept)} whose prompt is in a benchmark")
+    second = WHICH == "embedded2"
+    kept = [row for row in kept if labels_of(row) and of_second(row) == second]
+    if second:
+        return kept
     for seed in load_seeds("prompts/seeds.jsonl", "train"):
         row = dict(prompt=seed["prompt"], response=None, prompt_harmful=seed["harmful"],
                    source="own_seeds")
@@ -117,7 +148,8 @@ def weakly_labelled(row):
 
 def select(rows, rng):
     """At most CAP rows a source (PROMPT_ONLY_CAP of one without replies), its combinations of
-    labels in turn. Refusals that the matcher misses are one of their own: rare and hard."""
+    labels in turn. Refusals that the matcher misses are one of their own: rare and hard; so are
+    long replies. Rows of REAL_ATTACKS come ATTACKS times."""
     sources, chosen = {}, []
     for row in rows:
         sources.setdefault(row["source"], []).append(row)
@@ -126,23 +158,18 @@ def select(rows, rng):
         groups, cap = {}, PROMPT_ONLY_CAP
         for row in pool:
             reply = row.get("response") or ""
-            groups.setdefault((*map(row.get, FIELDS), refusal_match(reply)), []).append(row)
+            kind = (*map(row.get, FIELDS), refusal_match(reply), len(reply) > LONG)
+            groups.setdefault(kind, []).append(row)
             cap = CAP if reply else cap
         turns = zip_longest(*map(reversed, groups.values()))
-        chosen += list(filter(None, chain(*turns)))[:cap]
+        taken = list(filter(None, chain(*turns)))[:cap]
+        chosen += taken * (ATTACKS if pool[0]["source"] in REAL_ATTACKS else 1)
     return chosen
 
 
 def encode(scorer, rows):
-    """Rows -> token ids of the judge's input, texts cut to PROMPT_TOKENS and REPLY_TOKENS."""
-    encoded, limits = [], (PROMPT_TOKENS, REPLY_TOKENS)
-    for row in rows:
-        texts = [row["prompt"], row.get("response") or ""]
-        for k, ids in enumerate(scorer.tok(texts, add_special_tokens=False).input_ids):
-            if len(ids) > limits[k]:
-                texts[k] = scorer.tok.decode(ids[:limits[k]])
-        encoded.append(scorer.encode(*texts))
-    return encoded
+    """Rows -> token ids of the judge's input, as in use."""
+    return [scorer.encode(row["prompt"], row.get("response")) for row in rows]
 
 
 def loss_of(scorer, rows, encoded):
@@ -177,12 +204,17 @@ def train(scorer, rows, state_file):
     with progress.bar(len(plan), "training", "update") as bar:
         bar.update(start)
         for step, batch in enumerate(plan[start:], start):
-            answer, loss = loss_of(scorer, [rows[i] for i in batch], [encoded[i] for i in batch])
-            loss.backward()
-            optimizer.collect()
+            losses.append(0.0)
+            labels = sum(map(labels_of, [rows[i] for i in batch]))
+            for part in micro_batches([len(encoded[i]) for i in batch], TRAIN_TOKENS):
+                some = [rows[batch[k]] for k in part]
+                answer, loss = loss_of(scorer, some, [encoded[batch[k]] for k in part])
+                share = sum(map(labels_of, some)) / labels
+                (answer * share + (loss - answer) * len(part) / len(batch)).backward()
+                optimizer.collect()
+                losses[-1] += answer.item() * share
             warm, done = min(1.0, (step + 1) / (0.03 * len(plan))), step / len(plan)
             optimizer.step(LR * warm * 0.5 * (1 + math.cos(math.pi * done)), 1.0)
-            losses.append(answer.item())
             bar.update()
             if (step + 1) % 25 == 0:
                 mean = sum(losses[-25:]) / len(losses[-25:])
@@ -208,15 +240,38 @@ def train_adapter(rows):
                                             autocast_adapter_dtype=False)
     else:
         wrapped = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    folder = adapter_of(WHICH)
     made_of = json.dumps([dict(run.constants(globals()), PROGRESS=None), len(rows)])
     state = f"00_judge/{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.safetensors"
     train(Judge(model, tok), rows, run.CHECKPOINTS / state)
     config = wrapped.peft_config["default"]
     config.base_model_name_or_path = models.WHEEL
     config.target_modules = sorted(config.target_modules)  # a set: its order changes every time
-    wrapped.save_pretrained(str(ADAPTER), save_embedding_layers=False)
-    (ADAPTER / "README.md").unlink()  # peft's empty card; ours is CARD.md
+    wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink()  # peft's empty card; ours is CARD.md
     (run.CHECKPOINTS / state).unlink(missing_ok=True)
+
+
+def splits():
+    """Rows of DATA_DIR -> (training rows, rows to calibrate and report on), augmented rows and all.
+    (1) and (2) of the docstring."""
+    training, held, second = [], [], WHICH == "embedded2"
+    for row in labelled_rows(DATA_DIR, BENCH_DIR):
+        (held if held_out(row["prompt"]) else training).append(row)
+    training, rng = list(map(weakly_labelled, training)), random.Random(SEED)
+    made = augment(training, AUGMENT, rng, fresh=second)
+    training = attack_goals(select(training, rng), rng, fresh=second) + made
+    rng = random.Random(SEED)
+    measured = attack_goals(rng.sample(held, min(HELD, len(held))), rng, fresh=not second)
+    measured += augment(held, AUGMENT_HELD, rng, fresh=not second)
+    return training, measured
+
+
+def attack_goals(rows, rng, fresh):
+    """The rows, those of BARE_GOALS wrapped as attacks (augment.attacked)."""
+    bare = [row for row in rows if row["source"] in BARE_GOALS]
+    rest = [row for row in rows if row["source"] not in BARE_GOALS]
+    return rest + attacked(bare, rng, fresh)
 
 
 def main(argv):
@@ -225,30 +280,23 @@ def main(argv):
     if INIT and not (Path(INIT) / "adapter_model.safetensors").is_file():
         run.die(f"INIT={INIT}: no adapter_model.safetensors there")
     torch.manual_seed(SEED)
-    training, held = [], []
-    for row in labelled_rows(DATA_DIR, BENCH_DIR):                               # (1)
-        (held if held_out(row["prompt"]) else training).append(row)
-    training, rng = list(map(weakly_labelled, training)), random.Random(SEED)    # (2)
-    training = select(training, rng) + augment(training, AUGMENT, rng, fresh=False)
-    measured = random.Random(SEED).sample(held, min(HELD, len(held)))
-    measured += augment(held, AUGMENT_HELD, random.Random(SEED), fresh=True)
-    measured += [r for r in held if r["source"] in PROMPT_SOURCES and r not in measured]
+    training, measured = splits()                                             # (1), (2)
     if not SCORE_ONLY:
         print(f"training on {len(training)} rows, {len(measured)} held out")
         train_adapter(training)                                                  # (3)
-    scorer = load_judge("embedded")                                              # (4)
+    scorer, folder = load_judge(WHICH), adapter_of(WHICH)                        # (4)
     margins = scorer.margins(encode(scorer, measured)).tolist()
     calibration = fit(measured, margins, AUGMENTED_WEIGHT)
-    run.write_text(ADAPTER / "calibration.json", json.dumps(calibration, indent=1))
-    meta, stored = run.make_meta(globals(), models.WHEEL), ADAPTER / "scores.json"
+    run.write_text(folder / "calibration.json", json.dumps(calibration, indent=1))
+    meta, stored = run.make_meta(globals(), models.WHEEL), folder / "scores.json"
     meta.pop("command")  # no paths of one machine: the constants say it without them
     meta["constants"].update(DATA_DIR="<labelled exchanges>", BENCH_DIR="<benchmarks>",
                              INIT=run.publishable(INIT))
     report = json.loads(stored.read_text()) if SCORE_ONLY else dict(meta=meta, rows=len(training))
     report.update(scored=meta["time"], held_out=measure(measured, margins, AUGMENTED_WEIGHT))
-    draw_reliability(ADAPTER / "reliability.png", report["held_out"]["labels"])
+    draw_reliability(folder / "reliability.png", report["held_out"]["labels"])
     run.write_text(stored, json.dumps(report, indent=1))
-    print("made judge_adapter/; next: python judge.py eval <labelled file>")
+    print(f"made {folder.name}/; next: python judge.py eval <labelled file>")
 
 
 if __name__ == "__main__":

@@ -499,7 +499,7 @@ def test_rubric_reads_the_digits_distribution(loaded):
              ("x", "")]
     got = rubric.distribution(pairs)
     for (prompt, reply), row in zip(pairs, got):
-        text = fill(read_prompt("judge_rubric.txt"), PROMPT=prompt, RESPONSE=reply)
+        text = fill(read_prompt("judge_rubric.txt"), PROMPT=prompt, RESPONSE=reply.strip())
         with torch.no_grad():
             logits = model(torch.tensor([render(tok, text)])).logits[0, -1].double()
         p = logits.softmax(-1)[rubric.digits]

@@ -45,8 +45,10 @@ def test_benchmark_prompts_are_dropped_and_seeds_added(tmp_path, capsys):
 
 
 def test_a_folder_without_subfolder(tmp_path):
-    write_jsonl(tmp_path / "x.jsonl", [dict(prompt="One", response=None)])
-    assert train.labelled_rows(tmp_path, "")[0] == dict(prompt="One", response=None, source="x")
+    write_jsonl(tmp_path / "x.jsonl", [dict(prompt="One", response=None, prompt_harmful=True),
+                                      dict(prompt="No label", response=None)])
+    rows = train.labelled_rows(tmp_path, "")
+    assert [r["prompt"] for r in rows if r["source"] == "x"] == ["One"]
 
 
 def test_a_folder_without_rows(tmp_path):
@@ -105,16 +107,26 @@ def test_weak_refusal_labels(labels, reply, want):
     assert row == before
 
 
-def test_texts_are_cut(loaded, monkeypatch):
-    monkeypatch.setattr(train, "PROMPT_TOKENS", 3)
-    monkeypatch.setattr(train, "REPLY_TOKENS", 5)
+def test_the_two_judges_have_no_row_in_common(tmp_path, monkeypatch):
+    rows = [dict(prompt=f"request {i}", response="a", response_harmful=False) for i in range(40)]
+    for name in ("do_not_answer", "beavertails_test", "gptfuzz"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [dict(r, response=name) for r in rows])
+    first = train.labelled_rows(tmp_path, "")
+    monkeypatch.setattr(train, "WHICH", "embedded2")
+    second = train.labelled_rows(tmp_path, "")
+    assert {r["source"] for r in second} == {"do_not_answer", "beavertails_test"}
+    shared = [{r["prompt"] for r in x if r["source"] == "do_not_answer"} for x in (first, second)]
+    assert not shared[0] & shared[1] and len(shared[0] | shared[1]) == 40
+    assert min(map(len, shared)) > 8
+    assert [r["source"] for r in first].count("gptfuzz") == 40
+
+
+def test_texts_are_read_as_long_as_in_use(loaded):
     scorer = Judge(*loaded["llama"])
-    long, tok = "one two three four five six seven eight nine ten", scorer.tok
-    ids = tok(long, add_special_tokens=False).input_ids
+    long = "one two three four five six seven eight nine ten " * 9
     rows = [dict(prompt=long, response=long), dict(prompt="one", response=None), dict(prompt="one")]
     assert train.encode(scorer, rows) == [
-        scorer.encode(tok.decode(ids[:3]), tok.decode(ids[:5])), scorer.encode("one", None),
-        scorer.encode("one", None)]
+        scorer.encode(long, long), scorer.encode("one", None), scorer.encode("one", None)]
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -233,8 +245,7 @@ def command(tiny_models, tmp_path, monkeypatch):
     keep_constants(monkeypatch, train)
     out = tmp_path / "adapter"
     out.mkdir()
-    for module in (train, judge):
-        monkeypatch.setattr(module, "ADAPTER", out)
+    monkeypatch.setattr(judge, "ADAPTER", out)
     monkeypatch.setattr(train.models, "unpack_embedded", lambda: tiny_models["llama"])
     monkeypatch.setattr(run, "CHECKPOINTS", tmp_path / "checkpoints")
     rows = []
@@ -244,8 +255,8 @@ def command(tiny_models, tmp_path, monkeypatch):
 
     def main(*words):
         train.main([f"DATA_DIR={tmp_path}", "HELD=20", "AUGMENT_HELD=40", "AUGMENT=40", "CAP=20",
-                    "MAX_UPDATES=3", "SAVE_EVERY=2", "BATCH=4", "PROMPT_TOKENS=12",
-                    "REPLY_TOKENS=12", "PROGRESS=false", *words])
+                    "MAX_UPDATES=3", "SAVE_EVERY=2", "BATCH=4", "TRAIN_TOKENS=600",
+                    "PROGRESS=false", *words])
         return out
 
     return main
