@@ -10,7 +10,7 @@ adapter, calibration.json, scores.json, reliability.png. Killed, it goes on from
 
 1. Read the rows, drop those whose prompt stands in a benchmark, hold out 10 % of the prompts.
 2. Guess refusal labels where that is safe (training only), cap each source, add augmented rows.
-3. Train LoRA on the answer positions, after the judge's own greedy answers, as in use. Missing
+3. Train LoRA on the answer positions, after the true answers, one in ten of them changed. Missing
    labels are masked. A tenth of the line texts' loss keeps free generation possible.
 4. Calibrate and score on held-out rows, through the merged model that is used later.
 Departures from WildGuard (arXiv 2406.18495): 135M, not 7B; LoRA, not full tuning; other data."""
@@ -27,8 +27,8 @@ from typing import Literal
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import models, progress, run
-from engine.batching import chunks, micro_batches
+from engine import attention, models, progress, run
+from engine.batching import chunks, micro_batches, pad, shared_opening
 from engine.optim import MasterAdamW
 from engine.run import Share
 from judge import FIELDS, Judge, adapter_of, load_judge, refusal_match
@@ -54,7 +54,7 @@ ALPHA = 64                # LoRA alpha (ours)
 FIRST_LAYER = 0           # LoRA from this decoder layer up to the last (ours)
 LR = 5e-4                 # peak, cosine to 0 (ours)
 BATCH = 16                # rows an update (ours)
-MAX_UPDATES = 2000        # stop here at the latest; the schedule ends there too (hardware)
+MAX_UPDATES = 560         # stop here at the latest; the schedule ends there too (hardware)
 TRAIN_TOKENS = 2048       # tokens per forward, padding included; a batch is cut to it (hardware)
 AUGMENTED_WEIGHT: Share = 1 / 3  # of all augmented rows beside all real ones, to calibrate (ours)
 LINE_LOSS: Share = 0.1    # weight of the fixed line texts (ours)
@@ -172,18 +172,48 @@ def encode(scorer, rows):
     return [scorer.encode(row["prompt"], row.get("response")) for row in rows]
 
 
-def loss_of(scorer, rows, encoded):
-    """Rows, token ids -> mean cross-entropy of the labels; that plus LINE_LOSS of the texts'."""
-    logits_B3V, _, lines = scorer.answer_logits(encoded)
-    where, cross_entropy = logits_B3V.device, torch.nn.functional.cross_entropy
-    answers = {True: scorer.yes, False: scorer.no, None: -100}
-    target_B3 = torch.tensor([[answers[row.get(f)] for f in FIELDS] for row in rows], device=where)
-    answer = cross_entropy(logits_B3V.flatten(0, 1), target_B3.flatten())
-    head, extra = scorer.model.get_output_embeddings(), 0.0
-    for hidden_BLD, ids in zip(lines, scorer.line_ids):
-        logits = head(hidden_BLD.flatten(0, 1).contiguous()).float()  # 3-D would copy the weights
-        extra = extra + cross_entropy(logits, torch.tensor(ids * len(rows), device=where)) / 3
-    return answer, answer + LINE_LOSS * extra
+def fed_answers(rows, rng):
+    """What stands as the first two answers of each row when the next ones are learnt: the labels,
+    and where they are missing what fits the label of harm, else a guess. One in ten is wrong, since
+    in use the judge reads its own answers."""
+    out = []
+    for row in rows:
+        harms = row.get("response_harmful") is True
+        guess = (harms or rng.random() < 0.5, not harms and rng.random() < 0.5)
+        answers = []
+        for field, guessed in zip(FIELDS, guess):
+            known = row.get(field)
+            answer = guessed if known is None else known
+            answers.append(answer != (rng.random() < 0.1))
+        out.append(answers)
+    return out
+
+
+def loss_of(scorer, rows, encoded, fed):
+    """Rows, token ids, fed_answers() -> mean cross-entropy of the labels; that plus LINE_LOSS of
+    the line texts' mean. One forward pass over prompt, lines and fed answers."""
+    model, (first, second, third) = scorer.model, scorer.line_ids
+    word = {True: scorer.yes, False: scorer.no, None: -100}
+    whole, targets = [], []
+    for row, ids, (a, b) in zip(rows, encoded, fed):
+        whole.append(ids + first + [word[a]] + second + [word[b]] + third)
+        x, y, z = (word[row.get(field)] for field in FIELDS)
+        targets.append(first + [x] + second + [y] + third + [z])
+    shared, cache = shared_opening(model, encoded)
+    ids_BL, _ = pad([ids[shared:] for ids in whole], model.device)
+    hidden = model.base_model(input_ids=ids_BL, past_key_values=cache).last_hidden_state
+    target_BT = torch.tensor(targets, device=model.device)
+    start_B1 = torch.tensor([[len(ids) - shared - 1] for ids in encoded], device=model.device)
+    at_BT = start_B1 + torch.arange(target_BT.shape[1], device=model.device)
+    every_B1 = torch.arange(len(rows), device=model.device)[:, None]
+    logits = model.get_output_embeddings()(hidden[every_B1, at_BT].flatten(0, 1)).float()
+    loss_BT = torch.nn.functional.cross_entropy(logits, target_BT.flatten(), reduction="none")
+    loss_BT = loss_BT.view(target_BT.shape)
+    answers = torch.zeros(target_BT.shape[1], dtype=torch.bool)
+    places = [len(first), len(first) + 1 + len(second), -1]
+    answers[places] = True
+    answer = loss_BT[:, answers].sum() / (target_BT[:, answers] >= 0).sum()
+    return answer, answer + LINE_LOSS * loss_BT[:, ~answers].mean()
 
 
 def train(scorer, rows, state_file):
@@ -208,7 +238,8 @@ def train(scorer, rows, state_file):
             labels = sum(map(labels_of, [rows[i] for i in batch]))
             for part in micro_batches([len(encoded[i]) for i in batch], TRAIN_TOKENS):
                 some = [rows[batch[k]] for k in part]
-                answer, loss = loss_of(scorer, some, [encoded[batch[k]] for k in part])
+                fed = fed_answers(some, random.Random(f"{SEED} {step} {part[0]}"))
+                answer, loss = loss_of(scorer, some, [encoded[batch[k]] for k in part], fed)
                 share = sum(map(labels_of, some)) / labels
                 (answer * share + (loss - answer) * len(part) / len(batch)).backward()
                 optimizer.collect()
@@ -230,6 +261,8 @@ def train_adapter(rows):
     """A LoRA on the embedded model -> judge_adapter/."""
     from peft import LoraConfig, PeftModel, get_peft_model
     model, tok = models.load_model(models.EMBEDDED)
+    if model.device.type == "cpu":
+        model.set_attn_implementation(attention.register())
     depth = model.config.num_hidden_layers
     if FIRST_LAYER >= depth:
         run.die(f"FIRST_LAYER={FIRST_LAYER}: the model has {depth} layers, from 0 on")

@@ -10,7 +10,7 @@ from helpers import keep_constants, stops, write_jsonl
 from safetensors.torch import load_file
 
 import judge
-from engine import run
+from engine import attention, run
 from engine.optim import MasterAdamW
 from judge import FIELDS, Judge
 from judge_adapter import train
@@ -131,13 +131,16 @@ def test_texts_are_read_as_long_as_in_use(loaded):
 
 # ---- training ------------------------------------------------------------------------------------
 
+FED = [[True, False], [False, False], [True, True]]
+
+
 def test_missing_labels_are_masked(loaded):
     """A row without labels moves only the line texts."""
     scorer = Judge(*loaded["qwen2"])
     blank, known = dict(prompt="x", response="y"), real_rows()[0]
     one = scorer.encode("x", "y")
-    answer, _ = train.loss_of(scorer, [blank, known], [one] * 2)
-    alone, _ = train.loss_of(scorer, [known], [one])
+    answer, _ = train.loss_of(scorer, [blank, known], [one] * 2, FED[:1] * 2)
+    alone, _ = train.loss_of(scorer, [known], [one], FED[:1])
     assert answer.item() == pytest.approx(alone.item(), rel=1e-4)
 
 
@@ -148,26 +151,75 @@ def test_loss_by_whole_forwards(loaded, monkeypatch):
     scorer, exact = Judge(model, tok), copy.deepcopy(model).double()
     rows = [real_rows()[0], dict(real_rows()[30], response_refusal=None), real_rows()[33]]
     encoded = [scorer.encode(r["prompt"], r["response"]) for r in rows]
-    answers, lines = [], [[], [], []]
+    answers, lines, word = [], [], {True: scorer.yes, False: scorer.no}
     with torch.no_grad():
-        _, fed, _ = scorer.answer_logits(encoded)
-        for row, ids, (first, second) in zip(rows, encoded, fed.tolist()):
-            whole = (ids + scorer.line_ids[0] + [first] + scorer.line_ids[1] + [second]
-                     + scorer.line_ids[2])
+        for row, ids, (first, second) in zip(rows, encoded, FED):
+            whole = (ids + scorer.line_ids[0] + [word[first]] + scorer.line_ids[1]
+                     + [word[second]] + scorer.line_ids[2])
             logp = exact(torch.tensor([whole])).logits[0].log_softmax(-1)
             at = len(ids)
             for k, line in enumerate(scorer.line_ids):
-                lines[k] += [-logp[at + i - 1, token].item() for i, token in enumerate(line)]
+                lines += [-logp[at + i - 1, token].item() for i, token in enumerate(line)]
                 at += len(line)
                 if row[FIELDS[k]] is not None:
-                    target = scorer.yes if row[FIELDS[k]] else scorer.no
-                    answers.append(-logp[at - 1, target].item())
+                    answers.append(-logp[at - 1, word[row[FIELDS[k]]]].item())
                 at += 1
-    answer, loss = train.loss_of(scorer, rows, encoded)
+    answer, loss = train.loss_of(scorer, rows, encoded, FED)
     mean = sum(answers) / len(answers)
     assert len(answers) == 3 + 2 + 1 and answer.item() == pytest.approx(mean, rel=1e-4)
-    extra = sum(sum(x) / len(x) for x in lines) / 3
+    extra = sum(lines) / len(lines)
     assert loss.item() == pytest.approx(mean + 0.25 * extra, rel=1e-4)
+    alone = [train.loss_of(scorer, [r], [ids], [f])[0] for r, ids, f in zip(rows, encoded, FED)]
+    counts = torch.tensor([3.0, 2.0, 1.0])
+    assert (torch.stack(alone) @ counts / 6).item() == pytest.approx(mean, rel=1e-4)
+
+
+def test_fed_answers_are_the_labels_but_for_one_in_ten():
+    rows = [dict(prompt_harmful=i % 2 == 0, response_refusal=i % 3 == 0) for i in range(3000)]
+    fed = train.fed_answers(rows, random.Random(0))
+    for k, field in enumerate(("prompt_harmful", "response_refusal")):
+        wrong = sum(row[field] != answers[k] for row, answers in zip(rows, fed))
+        assert 240 < wrong < 360  # 300, standard deviation 16
+    harms = train.fed_answers([dict(response_harmful=True)] * 1000, random.Random(1))
+    assert sum(a for a, _ in harms) > 850 and sum(b for _, b in harms) < 150
+    guessed = train.fed_answers([dict(response_harmful=False)] * 1000, random.Random(2))
+    assert 430 < sum(a for a, _ in guessed) < 570
+
+
+def test_a_batch_in_pieces_has_the_gradient_of_the_whole(loaded, tmp_path, monkeypatch):
+    """One update on 12 rows with one to three labels, in float32, whole and in pieces."""
+    rows = real_rows()[:4] + real_rows()[30:34] + real_rows()[33:37]
+    found = []
+    monkeypatch.setattr(train, "BATCH", 12)
+    monkeypatch.setattr(train, "fed_answers", lambda rows, rng: [FED[0]] * len(rows))
+    for tokens in (10 ** 6, 700):
+        monkeypatch.setattr(train, "TRAIN_TOKENS", tokens)
+        model = copy.deepcopy(loaded["llama"][0]).float().requires_grad_(True)
+        grads = []
+        monkeypatch.setattr(train.MasterAdamW, "step", lambda self, lr, clip: grads.append(
+            [m.grad.clone() for m in self.master]) or 1.0)
+        train.train(Judge(model, loaded["llama"][1]), rows, tmp_path / "state")
+        found.append(grads[0])
+    for whole, pieces in zip(*found):
+        torch.testing.assert_close(whole, pieces, rtol=1e-4, atol=1e-6)
+
+
+def test_folded_attention_is_eager_attention(loaded):
+    """Logits and gradients in float64, with padding and a shared opening."""
+    for kind in ("llama", "qwen2", "mistral"):
+        model, tok = loaded[kind]
+        rows, encoded = real_rows()[:3], []
+        out = []
+        for name in ("eager", attention.register()):
+            model = copy.deepcopy(loaded[kind][0]).double().requires_grad_(True)
+            model.set_attn_implementation(name)
+            scorer = Judge(model, tok)
+            encoded = [scorer.encode(r["prompt"] * k, r["response"]) for k, r in enumerate(rows, 1)]
+            answer, loss = train.loss_of(scorer, rows, encoded, FED)
+            loss.backward()
+            out.append([loss.detach(), *(p.grad for p in model.parameters())])
+        for a, b in zip(*out):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_labelled_rows_are_learnt_the_way_the_judge_reads_them(loaded):
@@ -177,7 +229,7 @@ def test_labelled_rows_are_learnt_the_way_the_judge_reads_them(loaded):
     encoded = [scorer.encode(r["prompt"], r["response"]) for r in rows]
     optimizer = MasterAdamW(model, (0.9, 0.99), 0.0)
     for _ in range(30):
-        _, loss = train.loss_of(scorer, rows, encoded)
+        _, loss = train.loss_of(scorer, rows, encoded, train.fed_answers(rows, random.Random(0)))
         loss.backward()
         optimizer.collect()
         optimizer.step(3e-3, 1.0)
@@ -197,11 +249,11 @@ def test_a_run_that_is_cut_off_goes_on_bit_for_bit(loaded, tmp_path, monkeypatch
     real = train.loss_of
     seen, weights = [], []
 
-    def loss_of(scorer, rows, encoded):
+    def loss_of(scorer, rows, encoded, fed):
         if len(seen) == limit:
             raise Killed
         seen.append(len(rows))
-        return real(scorer, rows, encoded)
+        return real(scorer, rows, encoded, fed)
 
     monkeypatch.setattr(train, "loss_of", loss_of)
     for folder, limits in (("whole", [99]), ("cut", [8, 99])):
@@ -227,8 +279,8 @@ def test_updates_are_limited_and_batches_are_of_similar_length(loaded, tmp_path,
     monkeypatch.setattr(train, "MAX_UPDATES", 5)
     rows = [dict(r, prompt="word " * (i % 20)) for i, r in enumerate(real_rows())]
     seen, real = [], train.loss_of
-    monkeypatch.setattr(train, "loss_of", lambda scorer, rows, encoded: (
-        seen.append(list(map(len, encoded))) or real(scorer, rows, encoded)))
+    monkeypatch.setattr(train, "loss_of", lambda scorer, rows, encoded, fed: (
+        seen.append(list(map(len, encoded))) or real(scorer, rows, encoded, fed)))
     model = copy.deepcopy(loaded["llama"][0]).requires_grad_(True)
     train.train(Judge(model, loaded["llama"][1]), rows, tmp_path / "state")
     assert [len(x) for x in seen].count(4) >= 4 and len(seen) == 5

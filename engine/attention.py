@@ -1,0 +1,25 @@
+"""Attention for training on a CPU, where the library's ways are slow: "eager" copies keys and
+values for each query head of a group, and the fused kernel is slow backwards."""
+import torch
+
+
+def register():
+    """Make the attention "folded" known to transformers -> its name. It folds the query heads of a
+    group (H heads on K of keys and values) into the query length, so that nothing is copied. The
+    numbers are those of "eager", softmax in float32 included."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def folded(module, query, key, value, attention_mask, scaling=None, **_):
+        (B, H, L, D), (K, S) = query.shape, key.shape[1:3]
+        query = (query * scaling).reshape(B * K, H // K * L, D)
+        scores = torch.bmm(query, key.reshape(B * K, S, D).transpose(1, 2)).view(B, H, L, S)
+        if attention_mask is not None:
+            scores = scores + attention_mask[..., :S]
+        p = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+        out = torch.bmm(p.view(B * K, H // K * L, S), value.reshape(B * K, S, D))
+        return out.view(B, H, L, D).transpose(1, 2).contiguous(), None
+
+    ALL_ATTENTION_FUNCTIONS.register("folded", folded)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("folded", eager_mask)
+    return "folded"
