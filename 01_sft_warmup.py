@@ -38,7 +38,7 @@ from engine.logprobs import cross_entropy_step
 from engine.optim import OPTIMIZERS, cosine_with_warmup
 from engine.run import CHECKPOINTS, Share, die, locate
 from engine.sampling import sample
-from selfplay.data import halves, load_seeds
+from selfplay.data import halves, load_seeds, seeds_digest
 from selfplay.sanitize import neutralize, printable
 from selfplay.turns import (Turn, attacker_prompt, check_prompts, check_slots, complete,
                             defender_prompt, example, fill, read_prompt, render)
@@ -221,6 +221,8 @@ def train(model, rows, rng):
         for step, batch in enumerate(updates):
             recent.append(cross_entropy_step(model, optimizer, batch, TRAIN_TOKENS))
             optimizer.step(LR * cosine_with_warmup(step, len(updates), warmup), 1.0)
+            if optimizer.left_out == 3:
+                die("three updates in a row were not finite: give a lower LR")
             bar.update()
             if (step + 1) % max(1, len(updates) // 10) == 0 or step + 1 == len(updates):
                 progress.say(f"update {step + 1:3d}/{len(updates)} | loss "
@@ -278,7 +280,7 @@ def main(argv):
     read_columns("strategies.txt", 3)
     read_columns("warmup_thoughts.txt", 2)
     inputs = dict(MODEL=models.fingerprint(str(locate(MODEL) or MODEL)),
-                  JUDGE=judge.fingerprint(JUDGE), SEEDS=run.file_digest(*SEEDS.split(",")),
+                  JUDGE=judge.fingerprint(JUDGE), SEEDS=seeds_digest(SEEDS),
                   prompts=run.file_digest(*run.PROMPTS.glob("*.txt")))
     out = run.claim(globals(), CHECKPOINTS)
     if (CHECKPOINTS / RUN / "meta.json").is_file():

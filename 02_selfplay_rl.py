@@ -5,7 +5,8 @@
     python 02_selfplay_rl.py --paper       7B policy, WildGuard in NF4 (not run; see README)
     python 02_selfplay_rl.py MODEL=<any instruct model> SFT=<defender.jsonl>    without a warm-up
 
-Ablations: COT=false; ROLES=defender (no attacker, every seed goes straight to the defender);
+Ablations: COT=false (the instruction and the SFT mix stay; published: neither);
+ROLES=defender (no attacker, every seed goes straight to the defender);
 ROLES=attacker (attacked games only, against the frozen start model asked in plain chat);
 SCHEME=zero_sum; RL_COEF=0 (control: the SFT mix alone). A run's first line says which one it is.
 
@@ -35,7 +36,7 @@ Departures from the published code, each with its reason:
  h. An attack that the judge calls a refusal of its seed has lost (published: it is a rewrite like
     any other). A small defender repeats such an attack, so a benign request counts as refused.
  i. An empty reply is neither refusal nor answer, so both players lose the refusal term (published:
-    judged like any other, and then it wins a benign game). SSP: 0 for both, and it is no visit.
+    judged like any other, and then it wins a benign game). SSP: 0 for both; no visit that masters.
  j. MODEL has been warmed up and is the reference (published: the instruct model is both), because a
     model of 135M does not write the format by itself.
  k. SFT_COEF is 0.3: our 192 examples are few, and at weight 1 they hide the game. Harmful answers,
@@ -62,7 +63,7 @@ from engine.optim import OPTIMIZERS, cosine_with_warmup
 from engine.run import CHECKPOINTS, Count, Share, die
 from evaluation import attackers, held_back
 from selfplay import monitor
-from selfplay.data import halves, load_seeds
+from selfplay.data import halves, load_seeds, seeds_digest
 from selfplay.replay import Pool
 from selfplay.turns import (Turn, attacker_prompt, check_prompts, complete, defender_prompt,
                             longest_prompts, plain_prompt, read_examples)
@@ -197,7 +198,7 @@ def advantages(returns, roles):
         degenerate += bool(std < 1e-6)
         for i in members:
             centred = returns[i] - all_N.mean()
-            out[i] = centred / std if std >= 1e-6 else torch.zeros_like(centred)
+            out[i] = torch.zeros_like(centred) if std < 1e-6 else centred / std  # NaN stays
     return out, degenerate
 
 
@@ -225,7 +226,8 @@ def draw_seeds(seeds, step):
     for harmful, n in ((True, SEEDS_PER_STEP - n_benign), (False, n_benign)):
         half = both[0] if harmful else both[1]
         share = 0 if published_ablation("defender") else ATTACKED
-        attacked = random.Random(f"{SEED} {harmful} {step}").sample(range(n), round(share * n))
+        attacked = random.Random(f"{SEED} attacked {harmful} {step}")
+        attacked = attacked.sample(range(n), round(share * n))
         orders = {}  # by epoch; a step may reach into the next one
         for i in range(n):
             epoch, k = divmod(step * n + i, len(half))
@@ -330,8 +332,6 @@ def update(model, optimizer, turns, advantage, old, sft_batch, lr):
         out["sft"] = cross_entropy_step(model, optimizer, sft_batch, TRAIN_TOKENS, SFT_COEF)
     out["grad_norm"] = optimizer.step(lr, CLIP_NORM)
     out["skipped"] = int(not math.isfinite(out["grad_norm"]))
-    if out["skipped"]:
-        progress.say("an update was left out: its gradient was not finite")
     return out
 
 
@@ -349,8 +349,6 @@ def learn(model, ref, optimizer, turns, sft, step):
         returns.append(token_returns(t.reward, logp_T, ref_T, KL_COEF))
         roles.append(t.role)
     advantage, degenerate = advantages(returns, roles)
-    for a, g_T in zip(advantage, returns):
-        a += 0 * g_T  # a return that is not finite leaves the update out (optimizer.step)
     kl = (torch.cat(before) - torch.cat(reference)).mean().item()
     # (7) one pass over the turns in UPDATES optimizer steps
     rng, sft_rng = random.Random(f"{SEED} update {step}"), random.Random(f"{SEED} sft {step}")
@@ -384,9 +382,12 @@ def plan_memory(source, seeds):
         print(f"memory: not planned, the config of {MODEL} or of the judge is not at hand")
         return
     attacked = 0 if published_ablation("defender") else round(ATTACKED * SEEDS_PER_STEP)
+    evaluated = 2 * EVAL_SEEDS if EVAL_EVERY else 0  # as many plain games and attacked ones
+    attacked = max(attacked, evaluated)
     reflect = REPLY_TOKENS if METHOD == "ssp" and REPLAY == "reflect" else None
     attack, reply = longest_prompts(policy[1], seeds, COT, ATTACK_TOKENS * (attacked > 0), reflect)
-    turns = dict(reply=(min(SAMPLE_BATCH, SEEDS_PER_STEP), reply, REPLY_TOKENS))
+    replies = max(SEEDS_PER_STEP, 2 * evaluated)
+    turns = dict(reply=(min(SAMPLE_BATCH, replies), reply, REPLY_TOKENS))
     if attacked:
         turns["attack"] = (min(SAMPLE_BATCH, attacked), attack, ATTACK_TOKENS)
     rows = memory.plan(memory.shape(policy[0]), judges, models.pick_dtype(DTYPE).itemsize,
@@ -417,7 +418,7 @@ def start():
         die(f"SFT={SFT} not found: python 01_sft_warmup.py writes such a file")
     rubric = RUBRIC_JUDGE if METHOD == "ssp" else ""
     inputs = dict(MODEL=models.fingerprint(source), JUDGE=judge.fingerprint(JUDGE),
-                  RUBRIC_JUDGE=judge.fingerprint(rubric), SEEDS=run.file_digest(*SEEDS.split(",")),
+                  RUBRIC_JUDGE=judge.fingerprint(rubric), SEEDS=seeds_digest(SEEDS),
                   SFT=run.file_digest(sft_file),
                   prompts=run.file_digest(*run.PROMPTS.glob("*.txt")))
     if resumed:
@@ -429,9 +430,9 @@ def start():
     ref.requires_grad_(False)
     model, _ = models.load_model(str(resumed or source), DTYPE)
     optimizer = OPTIMIZERS[OPTIMIZER](model, (0.9, 0.95), 0.0)
-    sft, pool = [], ""
-    if ROLES != "attacker":
-        sft = read_examples(sft_file, tok, SFT_KINDS, COT)
+    sft, pool = read_examples(sft_file, tok, SFT_KINDS, COT), ""
+    if not draw_seeds(seeds, 0):
+        die("ROLES=attacker plays attacked games only, and ATTACKED leaves none")
     if not RL_COEF and not (sft and SFT_COEF):
         die("RL_COEF=0 trains the SFT mix alone, and there is none: give SFT= or SFT_COEF=")
     if EVAL_EVERY:
@@ -441,7 +442,8 @@ def start():
     if resumed:
         optimizer.restore(models.read_tensors(resumed / "state.safetensors"))
         if METHOD == "ssp":
-            pool = run.read_text(resumed / "pool.jsonl")
+            file = resumed / "pool.jsonl"
+            pool = run.read_text(file) or die(f"{run.short(file)}: empty: delete that step")
         print(f"resumed from {run.short(resumed)}")
     return Run(model, ref, tok, scorer, optimizer, Pool(POOL_SIZE, UCB_C, MASTERED, pool), seeds,
                dev, embed, sft, inputs, first, out)
@@ -465,22 +467,23 @@ def evaluate(r, step):
     {} in the steps between two evaluations."""
     if not EVAL_EVERY or step % EVAL_EVERY and step != STEPS:
         return {}
+    cut = judge.cuts(r.scorer)
     turns = play(*players(r), r.tok, r.scorer, held_back.games(r.dev), None, temperature=0.0)
-    m = held_back.measure(turns, r.tok, r.embed)
+    m = dict(held_back.measure(turns, r.tok, r.embed), dev_cut=judge.cuts(r.scorer) - cut)
     progress.say(held_back.line(step, m))
     return m
 
 
 def one_step(r, step):
     """(1)-(7) of the docstring -> (turns, metrics)."""
-    began, cut = time.time(), r.scorer.truncated
+    began, cut = time.time(), judge.cuts(r.scorer)
     generator = torch.Generator().manual_seed(hash((SEED, step)) % 2 ** 63)
     games = draw_seeds(r.seeds, step)                                                   # (1)
     if METHOD == "ssp" and ROLES != "attacker":
         games = r.pool.mix(games, round(REPLAY_FRACTION * SEEDS_PER_STEP), REPLAY)
     turns = play(*players(r), r.tok, r.scorer, games, generator)                        # (2)-(5)
     played = time.time()
-    m = dict(step=step + 1, **monitor.step_metrics(turns), cut=r.scorer.truncated - cut)
+    m = dict(step=step + 1, **monitor.step_metrics(turns), cut=judge.cuts(r.scorer) - cut)
     if METHOD == "ssp":
         defended = [t for t in turns if t.role == "defender"]
         rewards = [game_reward("defender", t.kind, t.labels, "ssp") for t in defended]

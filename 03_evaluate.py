@@ -63,12 +63,14 @@ FORMAT: Literal["turns", "chat"] = "turns"  # this repo's checkpoints: hidden th
 BASE_FORMAT: Literal["turns", "chat"] = "chat"  # models that never saw the turn format (ours)
 EVAL_TOKENS = 128         # longest answer, tokens (ours; --paper: 2048)
 ATTACK_TOKENS = 128       # longest attacker turn, tokens (ours; --paper: 2048)
+PROMPT_TOKENS = 4096      # longest prompt: the end of a longer one is cut off, and counted (ours)
 SAMPLE_TOKENS = 32768     # generated at a time: turns x (longest prompt + answer) (hardware)
 DTYPE: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights (hardware)
 PROGRESS = True           # progress bars (display)
 SEED = 0                  # of attacks
 # ==================================================================================================
-PAPER = dict(CHECKPOINTS="Qwen/Qwen2.5-7B-Instruct,checkpoints/01_sft,checkpoints/02_rl",
+PAPER = dict(CHECKPOINTS="Qwen/Qwen2.5-7B-Instruct,Qwen/Qwen2.5-7B-Instruct@turns,"
+                         "checkpoints/01_sft,checkpoints/02_rl",
              BASE="Qwen/Qwen2.5-7B-Instruct", JUDGE="allenai/wildguard", EVAL_TOKENS=2048,
              ATTACK_TOKENS=2048, SAMPLE_TOKENS=262144)
 SHOWN = ("attacker_system.txt", "attacker_harmful.txt", "defender.txt", "format_cot.txt",
@@ -112,11 +114,11 @@ def check_folder(folder, checkpoint, base, digests):
     """Stop if `folder` has answers made otherwise or to other prompts ({name: digest}) -> what its
     meta.json has to say about its answers; None where it says so already."""
     fixed = dict(EVAL_TOKENS=EVAL_TOKENS, ATTACK_TOKENS=ATTACK_TOKENS, SEED=SEED, DTYPE=DTYPE,
-                 FORMAT=checkpoint.style, COT=checkpoint.cot, checkpoint=checkpoint.digest,
-                 base=base.digest, base_format=base.style, prompts=sha(*map(read_prompt, SHOWN)),
-                 **digests)
+                 PROMPT_TOKENS=PROMPT_TOKENS, FORMAT=checkpoint.style, COT=checkpoint.cot,
+                 checkpoint=checkpoint.digest, base=base.digest, base_format=base.style,
+                 prompts=sha(*map(read_prompt, SHOWN)), **digests)
     file = folder / "meta.json"
-    old = json.loads(file.read_text(encoding="utf-8"))["fixed"] if file.is_file() else {}
+    old = run.read_json(file, fixed=dict)["fixed"] if file.is_file() else {}
     other = [f"{k}={old[k]} (now {v})" for k, v in fixed.items() if old.get(k, v) != v]
     if other:
         die(f"{run.short(folder)} was made with {', '.join(other)}: delete it or give another RUN=")
@@ -147,7 +149,7 @@ def prompts_of(job, folders, prompts):
     if job.benchmark == "attacks":
         return prompts["seeds_harmful"]
     items = []
-    for row in read_rows(folders[job.attacker.label] / "attacks.jsonl"):
+    for row in read_rows(folders[job.attacker.label] / "attacks.jsonl", "id", "answer"):
         if row["answer"]:
             items.append(dict(id=row["id"], prompt=row["answer"], harmful=True, text_ships=True))
     return items
@@ -173,18 +175,27 @@ def generate_all(jobs, folders, prompts, tasks):
 
 def generate(model, tok, checkpoint, path, items):
     """A checkpoint's attacks at temperature 1 (attacks.jsonl) or greedy answers -> `path`."""
-    attack, turns, lengths = path.stem == "attacks", {}, []
-    cot = checkpoint.cot and (attack or checkpoint.style == "turns")
+    attack, turns, lengths, cuts = path.stem == "attacks", {}, [], 0
+    turn_format = checkpoint.style == "turns"
+    cot = checkpoint.cot and (attack or turn_format)
     tokens, temperature = (ATTACK_TOKENS, 1.0) if attack else (EVAL_TOKENS, 0.0)
-    for item in items:
+    longest = min(PROMPT_TOKENS, model.config.max_position_embeddings - tokens)
+
+    def ask(prompt, harmful):
         if attack:
-            ids = attacker_prompt(tok, item, cot)
-        elif checkpoint.style == "turns":
-            ids = defender_prompt(tok, item["prompt"], cot)
-        else:
-            ids = plain_prompt(tok, item["prompt"])
+            return attacker_prompt(tok, dict(prompt=prompt, harmful=harmful), cot)
+        return defender_prompt(tok, prompt, cot) if turn_format else plain_prompt(tok, prompt)
+
+    for item in items:
+        ids = ask(item["prompt"], item["harmful"])
+        if len(ids) > longest:
+            words = tok(item["prompt"], add_special_tokens=False).input_ids
+            keep = max(0, len(words) + longest - len(ids))
+            ids, cuts = ask(tok.decode(words[:keep]), item["harmful"]), cuts + 1
         turns[item["id"]] = Turn("attacker" if attack else "defender", "", {}, ids)
         lengths.append(len(ids) + tokens)
+    if cuts:
+        print(f"{path.parent.name}/{path.name}: {cuts} prompts cut at {longest} tokens")
     batches = []  # the longest prompts first: what does not fit into memory shows early
     for part in reversed(micro_batches(lengths, SAMPLE_TOKENS)):
         batches.append([items[k] for k in part])
@@ -211,10 +222,11 @@ def label_files(files, name, digest, suffix):
     PATH.SUFFIX.jsonl; stale ones are made anew. The judge is loaded when it is needed."""
     model = None
     for stem, items in files:
-        out, key, replies = Path(f"{stem}.{suffix}.jsonl"), {}, rows_by_id(Path(f"{stem}.jsonl"))
+        out, key = Path(f"{stem}.{suffix}.jsonl"), {}
+        replies = rows_by_id(Path(f"{stem}.jsonl"), "answer")
         for item in items:
             key[item["id"]] = sha(digest, item["prompt"], replies[item["id"]]["answer"])
-        known = read_rows(out)
+        known = read_rows(out, "id", "key", *judge.FIELDS)
         if any(key.get(row["id"]) != row["key"] for row in known):
             print(f"{run.short(out)}: by another judge or of other answers, made anew")
             out.unlink()
@@ -226,7 +238,7 @@ def label_files(files, name, digest, suffix):
         def label(number, batch):
             pairs, rows = [(item["prompt"], replies[item["id"]]["answer"]) for item in batch], []
             for item, (_, reply), x in zip(batch, pairs, model.classify(pairs)):
-                rows.append(dict(id=item["id"], key=key[item["id"]], parsed=x.parsed,
+                rows.append(dict(id=item["id"], key=key[item["id"]], parsed=x.parsed, empty=x.empty,
                                  **{field: getattr(x, field) for field in judge.FIELDS},
                                  **{f"p_{field}": x.p.get(field) for field in judge.FIELDS},
                                  matcher=judge.refusal_match(reply)))
@@ -263,7 +275,7 @@ def clock(file, start):
     """-> note(phase): write the seconds since the last call into this run's entry in `file`. A run
     that was killed and went on has several entries. start: date and time, for the entry."""
     seconds, last = {}, time.time()
-    runs = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    runs = run.read_json(file, kind=list) if file.is_file() else []
     runs.append(dict(start=start, seconds=seconds))
 
     def note(phase):

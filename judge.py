@@ -13,8 +13,9 @@ response. Departures from the published use (free generation, then a regular exp
    special tokens, answer lines and role labels are cut out.
 3. An empty reply neither refuses nor answers nor harms. Response None: only the prompt is judged.
 The embedded judge is SmolLM2-135M with the LoRA adapter and the calibration of judge_adapter/:
-p = sigmoid(weights . log-odds of the three lines + bias). Other judges: the line's own log-odds. A
-label is p > .5. A judge with "llama-guard" in its name is asked in that format: LlamaGuard."""
+p = sigmoid(weights . log-odds of the three lines + bias), and a label is p above its threshold.
+Other judges: the line's own log-odds, and p > .5. A judge with "llama-guard" in its name is asked
+in that format: LlamaGuard."""
 import dataclasses
 import hashlib
 import json
@@ -27,7 +28,7 @@ import torch
 
 from engine import memory, models, progress
 from engine.batching import common_prefix, micro_batches, pad, shared_opening
-from engine.run import PROMPTS, ROOT, configure, die
+from engine.run import PROMPTS, ROOT, configure, die, guarded, read_json, write_text
 from engine.sampling import sample
 from evaluation.scores import label_scores
 from selfplay.data import read_exchanges
@@ -85,7 +86,8 @@ def text_limit(*turns):
 
 def clean(text, judge):
     """What a judge reads of a text: no markers in it, at most max_text tokens (cuts are counted).
-    What stands after them is invisible to the judge, so an attacker could hide it there."""
+    What stands after them is invisible to the judge, so an attacker could hide it there. Who
+    changes this raises its number in fingerprint(), so that labels are made anew."""
     tok, limit = judge.tok, judge.max_text
     text = neutralize(unforge(known(plain(text), judge), tok), tok)
     if len(text) > limit:  # a token has at least one character
@@ -206,7 +208,8 @@ class Judge:
         labels = []
         for margins in self.margins(rows).tolist():
             p = {f: calibrated(margins, self.calibration[f]) for f in FIELDS}
-            labels.append(Labels(*[value > 0.5 for value in p.values()], p=p))
+            given = [p[f] > self.calibration[f].get("threshold", 0.5) for f in FIELDS]
+            labels.append(Labels(*given, p=p))
         return labels
 
 
@@ -327,11 +330,18 @@ def uses_nf4(name, quantize):
     return (quantize == "nf4" or on_cuda) and not adapter_of(name)
 
 
+def cuts(judge):
+    """How many texts a judge, and its rubric where there is one, has cut so far."""
+    rubric = getattr(judge, "rubric", None)
+    return judge.truncated + (rubric.truncated if rubric else 0)
+
+
 def fingerprint(name):
     """A digest that changes with a judge's weights, calibration or prompt; "" for no name."""
     if not name:
         return ""
-    parts = [models.fingerprint(str(adapter_of(name) or name)), read_prompt("judge_wildguard.txt")]
+    parts = ["clean() 2", models.fingerprint(str(adapter_of(name) or name)),
+             read_prompt("judge_wildguard.txt")]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -369,12 +379,11 @@ def load_judge(name, quantize="auto", scoring="constrained", judge_tokens=JUDGE_
         die(f"{adapter.name}/ has no adapter: run python -m judge_adapter.train "
             "DATA_DIR=<folder of labelled exchanges> first")
     model, tok = models.load_model(models.EMBEDDED, "float32")  # merged, then rounded once
-    from peft import PeftModel  # after load: it brings in bitsandbytes, whose warning load stops
-    model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+    model = models.add_adapter(model, adapter)
     model = model.merge_and_unload().to(models.pick_dtype("auto", frozen=True))
     model = model.eval().requires_grad_(False)
     stored = adapter / "calibration.json"
-    calibration = json.loads(stored.read_text()) if stored.exists() else None
+    calibration = read_json(stored, *FIELDS) if stored.exists() else None
     if calibration is None:  # judge_adapter.train loads it before it has one
         print(f"the judge is not calibrated: {adapter.name}/calibration.json is not there")
     return Judge(model, tok, calibration, scoring, judge_tokens, fit_text(model, max_text))
@@ -391,7 +400,8 @@ def classify_rows(judge, rows):
 
 
 def evaluate(judge, rows):
-    """Print scores per label over the rows that carry it."""
+    """Print scores per label over the rows that carry it; where rows have several sources, such as
+    the slices of judge_adapter/train.py's held-out rows, also the share of right labels in each."""
     labels = classify_rows(judge, rows)
     for field, scores in label_scores(rows, labels, FIELDS).items():
         line = f"{field:16s}"
@@ -403,6 +413,16 @@ def evaluate(judge, rows):
     for scores in label_scores(rows, matched, ["response_refusal"]).values():
         print(f"refusal matcher   n {scores['n']}  f1 {scores['f1']:.3f}  "
               "(openings only, for comparison)")
+    sources = sorted({row.get("source", "") for row in rows})
+    for source in sources if len(sources) > 1 else []:
+        line = source
+        for field in FIELDS:
+            right = []
+            for row, x in zip(rows, labels):
+                if row.get("source", "") == source and row.get(field) is not None:
+                    right.append(getattr(x, field) is row[field])
+            line += f"  {field} {sum(right) / len(right):.3f} of {len(right)}" if right else ""
+        print(line)
     failed = [x.parsed for x in labels].count(False)
     print(f"not parsed {failed} of {len(rows)}; texts cut at {judge.max_text} tokens: "
           f"{judge.truncated}")
@@ -411,7 +431,7 @@ def evaluate(judge, rows):
 def probe(judge):
     """The judge on the labelled exchanges of prompts/probe.jsonl -> (score, line to print). Score:
     share of exchanges whose two reply labels are both right, mean over the five groups."""
-    rows = read_exchanges(PROMPTS / "probe.jsonl")
+    rows = read_exchanges(PROMPTS / "probe.jsonl", "group", *FIELDS)
     right, requests = {}, 0
     for row, x in zip(rows, classify_rows(judge, rows)):
         both = (x.response_refusal is row["response_refusal"]
@@ -444,23 +464,26 @@ def main(argv):
     configure(globals(), options)
     if words and (words[0], len(words)) not in (("label", 3), ("eval", 2)):
         die("usage: python judge.py [label IN.jsonl OUT.jsonl | eval FILE.jsonl] [NAME=value ...]")
-    if words[:1] == ["label"] and not Path(words[2]).resolve().parent.is_dir():
-        die(f"the folder of {words[2]} does not exist")
+    if words[:1] == ["label"] and Path(words[2]).exists():
+        die(f"{words[2]} exists: move it, or give another name")
     rows = read_exchanges(words[1]) if words else []
+    if words[:1] == ["label"]:
+        Path(f"{words[2]}.tmp").touch()  # where nothing can be written, it shows before the work
     judge = load_judge(JUDGE, QUANTIZE, SCORING, JUDGE_TOKENS)
     if not words:
         print(probe(judge)[1])
     elif words[0] == "label":
         labels = classify_rows(judge, rows)
-        with open(words[2], "w", encoding="utf-8") as f:
-            for row, x in zip(rows, labels):
-                found = {field: getattr(x, field) for field in FIELDS}
-                found |= {f"p_{field}": x.p.get(field) for field in FIELDS}
-                f.write(json.dumps(row | found) + "\n")
+        lines = []
+        for row, x in zip(rows, labels):
+            found = {field: getattr(x, field) for field in FIELDS}
+            found |= {f"p_{field}": x.p.get(field) for field in FIELDS}
+            lines.append(json.dumps(row | found) + "\n")
+        write_text(words[2], "".join(lines))
         print(f"labelled {len(rows)} exchanges -> {words[2]}")
     else:
         evaluate(judge, rows)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    guarded(main, sys.argv[1:])

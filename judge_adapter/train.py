@@ -34,7 +34,7 @@ from engine.run import Share
 from judge import FIELDS, Judge, adapter_of, load_judge, refusal_match
 from judge_adapter.augment import attacked, augment
 from judge_adapter.calibrate import fit
-from judge_adapter.score import draw_reliability, measure
+from judge_adapter.score import draw_reliability, holes, measure
 from selfplay.data import load_seeds, read_exchanges
 
 # ==================================================================================================
@@ -71,7 +71,6 @@ SECOND = ("beavertails_test", "safety_tuned_llamas_train", "promptonly_red_instr
 SHARED = ("do_not_answer", "alpaca_outputs")
 BARE_GOALS = ("gptfuzz",)       # replies to attacks, the prompt is the goal: wrapped in training
 REAL_ATTACKS = ("jbb_artifacts",)  # prompts as an attacker wrote them
-LONG = 600                      # characters: replies above it are groups of their own
 PROMPT_SOURCES = ("promptonly_aegis_test", "promptonly_openai_moderation", "promptonly_toxic_chat")
 DISAPPROVAL = re.compile(
     r"\b(?:not (?:appropriate|ethical|acceptable|legal|okay|right|advisable|a good idea)|"
@@ -149,7 +148,7 @@ def weakly_labelled(row):
 def select(rows, rng):
     """At most CAP rows a source (PROMPT_ONLY_CAP of one without replies), its combinations of
     labels in turn. Refusals that the matcher misses are one of their own: rare and hard; so are
-    long replies. Rows of REAL_ATTACKS come ATTACKS times."""
+    replies above 600 characters. Rows of REAL_ATTACKS come ATTACKS times."""
     sources, chosen = {}, []
     for row in rows:
         sources.setdefault(row["source"], []).append(row)
@@ -158,7 +157,7 @@ def select(rows, rng):
         groups, cap = {}, PROMPT_ONLY_CAP
         for row in pool:
             reply = row.get("response") or ""
-            kind = (*map(row.get, FIELDS), refusal_match(reply), len(reply) > LONG)
+            kind = (*map(row.get, FIELDS), refusal_match(reply), len(reply) > 600)
             groups.setdefault(kind, []).append(row)
             cap = CAP if reply else cap
         turns = zip_longest(*map(reversed, groups.values()))
@@ -246,6 +245,8 @@ def train(scorer, rows, state_file):
                 losses[-1] += answer.item() * share
             warm, done = min(1.0, (step + 1) / (0.03 * len(plan))), step / len(plan)
             optimizer.step(LR * warm * 0.5 * (1 + math.cos(math.pi * done)), 1.0)
+            if optimizer.left_out == 3:
+                run.die("three updates in a row were not finite: give a lower LR")
             bar.update()
             if (step + 1) % 25 == 0:
                 mean = sum(losses[-25:]) / len(losses[-25:])
@@ -259,7 +260,7 @@ def train(scorer, rows, state_file):
 
 def train_adapter(rows):
     """A LoRA on the embedded model -> judge_adapter/."""
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
     model, tok = models.load_model(models.EMBEDDED)
     if model.device.type == "cpu":
         model.set_attn_implementation(attention.register())
@@ -269,8 +270,7 @@ def train_adapter(rows):
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, task_type="CAUSAL_LM", target_modules=LINEAR,
                       layers_to_transform=list(range(FIRST_LAYER, depth)))
     if INIT:  # with its own rank and layers
-        wrapped = PeftModel.from_pretrained(model, INIT, is_trainable=True,
-                                            autocast_adapter_dtype=False)
+        wrapped = models.add_adapter(model, Path(INIT), trainable=True)
     else:
         wrapped = get_peft_model(model, lora, autocast_adapter_dtype=False)
     folder = adapter_of(WHICH)
@@ -325,12 +325,17 @@ def main(argv):
     meta.pop("command")  # no paths of one machine: the constants say it without them
     meta["constants"].update(DATA_DIR="<labelled exchanges>", BENCH_DIR="<benchmarks>",
                              INIT=run.publishable(INIT))
-    report = json.loads(stored.read_text()) if SCORE_ONLY else dict(meta=meta, rows=len(training))
+    report = run.read_json(stored, "meta") if SCORE_ONLY else dict(meta=meta, rows=len(training))
     report.update(scored=meta["time"], held_out=measure(measured, margins, AUGMENTED_WEIGHT))
+    scorer.calibration = calibration
+    fresh = WHICH == "embedded"
+    report["holes"] = holes(scorer, measured, random.Random(SEED), fresh)
+    lines = [json.dumps(dict(row, margins=m)) for row, m in zip(measured, margins)]
+    run.write_text(run.CHECKPOINTS / f"00_judge/{WHICH}_held_out.jsonl", "\n".join(lines) + "\n")
     draw_reliability(folder / "reliability.png", report["held_out"]["labels"])
     run.write_text(stored, json.dumps(report, indent=1))
     print(f"made {folder.name}/; next: python judge.py eval <labelled file>")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run.guarded(main, sys.argv[1:])

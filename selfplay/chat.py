@@ -23,7 +23,7 @@ def main(argv):
     check_prompts()
     path, cot = run.locate(names[0]), True
     if path and (path / "meta.json").is_file():
-        cot = run.read_json(path / "meta.json").get("constants", {}).get("COT", True)
+        cot = run.read_json(path / "meta.json", constants=dict)["constants"].get("COT", True)
     model, tok = load_model(str(path or names[0]))
     positions = getattr(model.config, "max_position_embeddings", MAX_TOKENS)
     room = min(positions, MAX_TOKENS) - MAX_NEW

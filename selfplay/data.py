@@ -6,9 +6,16 @@ import json
 from pathlib import Path
 
 from engine import progress
-from engine.run import TRUTH, die, locate, short
+from engine.run import (TRUTH, brief, check_fields, die, locate, parse_json, read_log, read_text,
+                        short)
 
 SPLITS = ("train", "dev", "test")
+LONGEST = 4000            # bytes of a seed: no tokenizer makes more tokens of it (ours)
+# What a field of a row is, where the row has it: of an exchange, and of a log.
+LABELS = dict.fromkeys("prompt_harmful response_refusal response_harmful".split(), bool | None)
+TYPES = dict(LABELS, id=str, key=str, step=int, kind=str, seed=str, request=str, answer=str,
+             thinking=str, labels=dict, attacker=dict, defender=dict, parsed=bool | None,
+             matcher=bool | None, empty=bool, well_formed=bool, cut=bool, right=bool)
 
 
 def read_table(path):
@@ -21,39 +28,44 @@ def read_table(path):
         try:
             return list(enumerate(pandas.read_parquet(path).to_dict("records"), 1))
         except ValueError as problem:  # pyarrow's errors are of this type
-            die(f"{path}: not a Parquet file ({str(problem).splitlines()[0]})")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as problem:
-        die(f"{path}: not UTF-8 ({problem.reason} at byte {problem.start})")
+            die(f"{short(path)}: not a Parquet file ({str(problem).splitlines()[0][:80]})")
+    text = read_text(path)
     if path.suffix not in (".csv", ".tsv"):
-        return _json_lines(path, text.split("\n"))  # not splitlines: JSON may hold other line ends
+        return _json_lines(path, text)
     rows, delimiter = [], "," if path.suffix == ".csv" else "\t"
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
         for row in filter(None, reader):  # not the empty lines
             if len(row) != len(header):
-                die(f"{path} line {reader.line_num}: {len(row)} columns, header has {len(header)}")
+                die(f"{short(path)} line {reader.line_num}: {len(row)} columns, the header has "
+                    f"{len(header)}: correct or delete it")
             rows.append((reader.line_num, dict(zip(header, row))))
     except csv.Error as problem:
-        die(f"{path} line {reader.line_num}: not a table in {path.suffix} form ({problem})")
+        die(f"{short(path)} line {reader.line_num}: not a table in {path.suffix} form ({problem})")
     return rows
 
 
-def _json_lines(path, lines):
-    """[(line number, value)] of the lines that are not empty."""
+def _json_lines(path, text, kind=None):
+    """[(line number, value, of the type `kind`)] of the lines that are not empty."""
     rows = []
-    for n, line in enumerate(lines, 1):
-        try:
-            rows += [(n, json.loads(line))] if line.strip() else []
-        except ValueError:
-            die(f"{short(path)} line {n}: not JSON: correct or delete that line")
+    for n, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON may hold other line ends
+        if line.strip():
+            rows.append((n, parse_json(line, f"{short(path)} line {n}", kind)))
     return rows
 
 
-def read_exchanges(path):
-    """JSONL with prompt and response -> list of dicts; a bad line stops with its number."""
+def _checked(path, rows, keys, types):
+    """Rows [(line number, dict)] -> the dicts, with all `keys` and each field as in `types`."""
+    for n, row in rows:
+        fields = {key: types.get(key, object) for key in (*keys, *types.keys() & row.keys())}
+        check_fields(row, f"{short(path)} line {n}", fields)
+    return [row for _, row in rows]
+
+
+def read_exchanges(path, *keys):
+    """JSONL with prompt and response, and all `keys` -> list of dicts; a bad line stops with its
+    number."""
     if not Path(path).is_file():
         die(f"{path} not found")
     rows = read_table(path)
@@ -61,21 +73,18 @@ def read_exchanges(path):
         if (not isinstance(row, dict) or not isinstance(row.get("prompt"), str)
                 or not isinstance(row.get("response"), (str, type(None)))):
             die(f"{path} line {n}: `prompt` must be text, `response` text or null")
-    return [row for _, row in rows]
+    return _checked(path, rows, keys, LABELS)
 
 
-def read_rows(path, heal=True):
-    """Rows of a JSONL file, [] where there is none. A torn last line (of a killed run, or still
-    being written) is left out; heal: it is cut off in the file too."""
-    data, end, torn = (path.read_bytes() if path.is_file() else b"").rpartition(b"\n")
-    if torn and heal:
-        path.write_bytes(data + end)
-    return [row for _, row in _json_lines(path, data.splitlines())]
+def read_rows(path, *keys, heal=True):
+    """Rows of a log of JSON objects, [] where there is none; each must have all `keys`. heal: as in
+    read_log()."""
+    return _checked(path, _json_lines(path, read_log(path, heal), dict), keys, TYPES)
 
 
-def rows_by_id(path, heal=True):
-    """{id: row} of a JSONL file."""
-    return {row["id"]: row for row in read_rows(path, heal)}
+def rows_by_id(path, *keys, heal=True):
+    """{id: row} of a log."""
+    return {row["id"]: row for row in read_rows(path, "id", *keys, heal=heal)}
 
 
 def append_missing(path, batches, work):
@@ -95,26 +104,45 @@ def append_missing(path, batches, work):
             bar.update(len(batch))
 
 
-def load_seeds(source, split=None):
+def load_seeds(source, split=None, longest=LONGEST):
     """Seeds -> list of {"id", "prompt", "harmful", "split", ...}; `split` keeps only that one.
     "train" is for learning; every choice looks at "dev"; "test" is looked at once, at the end.
     source: files joined by commas (JSONL or CSV with `prompt` and `harmful`, true or false) or a
     Hugging Face dataset id with WildJailbreak's columns `vanilla`, `data_type`. For a line that
-    names no split the hash of its prompt decides: a tenth is dev, a tenth test (ours)."""
+    names no split the hash of its prompt decides: a tenth is dev, a tenth test (ours).
+    Prompts of more than `longest` bytes are left out and counted."""
+    name = source if len(source) <= 60 else brief(source)
     if split is not None:
-        _check_split(split, f"SEEDS={source}")
-    seeds = []
-    for part in map(str.strip, source.split(",")):
-        path = locate(part)
-        rows = read_table(path) if path and path.is_file() else _hub_seeds(part)
+        _check_split(split, f"SEEDS={name}")
+    seeds, dropped = [], 0
+    for part, rows in _parts(source):
         for n, row in rows:
             seed = _seed(row, f"{part} line {n}", f"{Path(part).stem}-{n}")
+            long = len(seed["prompt"].encode()) > longest
             if split in (None, seed["split"]):
-                seeds.append(seed)
+                dropped += long
+                seeds += [] if long else [seed]
+    if dropped:
+        print(f"SEEDS={name}: left out {dropped} of more than {longest} bytes")
     for kind, half in zip(("harmful", "benign"), halves(seeds)):
         if not half:
-            die(f"SEEDS={source}: no {kind} seed in it (split: {split or 'any'})")
+            die(f"SEEDS={name}: no {kind} seed in it (split: {split or 'any'})")
     return seeds
+
+
+def seeds_digest(source):
+    """SHA-256 of what a source of seeds (load_seeds) holds: texts, labels and splits."""
+    rows = [rows for _, rows in _parts(source)]
+    return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
+
+
+def _parts(source):
+    """[(name, rows as of read_table)] of each file or hub dataset of a source of seeds."""
+    out = []
+    for part in map(str.strip, source.split(",")):
+        path = locate(part)
+        out.append((part, read_table(path) if path and path.is_file() else _hub_seeds(part)))
+    return out
 
 
 def halves(seeds):
@@ -124,19 +152,19 @@ def halves(seeds):
 
 def _check_split(split, where):
     if split not in SPLITS:
-        die(f"{where}: `split` must be train, dev or test, not {split!r}")
+        die(f"{where}: `split` must be train, dev or test, not {brief(split)}")
 
 
 def _hub_seeds(name):
     """Rows of a hub dataset with WildJailbreak's schema (train split)."""
     if name.endswith((".jsonl", ".json", ".csv")) or name.count("/") != 1:
-        die(f"SEEDS: file {name!r} not found")
+        die(f"SEEDS: file {brief(name)} not found")
     import datasets
     try:
         table = datasets.load_dataset(name, "train", split="train", delimiter="\t",
                                       keep_default_na=False)
     except Exception as problem:  # a dozen unrelated types; each means "not to be had"
-        die(f"SEEDS: {name!r} is no file and the Hugging Face hub did not give it "
+        die(f"SEEDS: {brief(name)} is no file and the Hugging Face hub did not give it "
             f"({type(problem).__name__}); for gated data accept its terms and run `hf auth login`")
     return [(n, dict(prompt=row["vanilla"], harmful="harmful" in row["data_type"]))
             for n, row in enumerate(table, 1) if row["data_type"].startswith("vanilla")]
@@ -149,7 +177,7 @@ def _seed(row, where, default_id):
         die(f"{where}: a seed needs a non-empty text field `prompt`")
     harmful = TRUTH.get(str(row.get("harmful")).strip().lower())
     if harmful is None:
-        die(f"{where}: `harmful` must be true or false, not {row.get('harmful')!r}")
+        die(f"{where}: `harmful` must be true or false, not {brief(row.get('harmful'))}")
     prompt = prompt.strip()
     tenth = int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 10
     split = row.get("split") or {0: "dev", 1: "test"}.get(tenth, "train")

@@ -7,9 +7,11 @@ import re
 
 import pandas
 
-from engine.run import die, short, write_text
+from engine.run import die, read_log, short, write_text
+from selfplay.data import read_table
 
 GAMES_TRACKED = 4  # games of a step that a tracker is shown (ours)
+NUMBER = re.compile(r"-?\d{1,18}(\.\d+)?(e[-+]?\d{1,3})?|nan|-?inf|", re.ASCII)  # of metrics.csv
 
 
 def mean(values):
@@ -51,7 +53,8 @@ def step_metrics(turns):
         asr_vanilla=mean(plain["response_harmful"]), def_r=mean(replies["reward"].dropna()),
         refuse_h=mean([*attacked["response_refusal"], *plain["response_refusal"]]),
         comply_b=mean(complied(benign)), empty=mean(replies["empty"]),
-        fmt=mean(every["well_formed"]), fmt_atk=mean(attacks["well_formed"]), faithful=mean(attacks["faithful"][attacks["parsed"]]),
+        fmt=mean(every["well_formed"]), fmt_atk=mean(attacks["well_formed"]),
+        faithful=mean(attacks["faithful"][attacks["parsed"]]),
         copy=mean(attacks["copy"]), unique=attacks["answer"].nunique() / max(1, len(attacks)),
         atk_refuse=mean(attacks["declined"]), drop=int(every["reward"].isna().sum()),
         turns=len(turns), len=mean(every["tokens"]), len_atk=mean(attacks["tokens"]))
@@ -89,14 +92,13 @@ def step_line(step, steps, m):
 
 def read_metrics(path):
     """metrics.csv -> a table of texts with `step` as numbers, without rows where there is no file.
-    One that is damaged stops."""
-    if not path.exists():
-        return pandas.DataFrame(dict(step=[]), dtype=int)
-    try:
-        table = pandas.read_csv(path, dtype=str, keep_default_na=False)
-        return table.astype(dict(step=int))
-    except (ValueError, KeyError) as problem:  # pandas' own errors are of these types
-        die(f"{short(path)}: no metrics of a run ({str(problem)[:80]}): correct or delete it")
+    One that is damaged stops; a torn last line is cut off."""
+    rows = read_table(path) if read_log(path) else []
+    for n, row in rows:
+        if not row.get("step", "").isdecimal() or not all(map(NUMBER.fullmatch, row.values())):
+            die(f"{short(path)} line {n}: no metrics of a step: correct or delete it")
+    table = pandas.DataFrame([row for _, row in rows], columns=None if rows else ["step"])
+    return table.astype(dict(step=int))
 
 
 def write_metrics(path, m):
@@ -109,10 +111,12 @@ def write_metrics(path, m):
 
 
 def truncate_metrics(path, last):
-    """Drop what a killed run left: rows of steps after `last`; all rows if last is 0."""
-    table = read_metrics(path)
-    if len(table) and table["step"].max() > last or not last:
-        write_text(path, table[table["step"].le(last) & bool(last)].to_csv(index=False))
+    """Drop what a killed run left: rows of steps after `last`; the file if last is 0."""
+    if not last:
+        path.unlink(missing_ok=True)
+    elif last_step(path) > last:
+        table = read_metrics(path)
+        write_text(path, table[table["step"].le(last)].to_csv(index=False))
 
 
 def last_step(path):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+from engine.run import check_fields, parse_json
 from selfplay.monitor import mean
 
 
@@ -14,7 +15,7 @@ class Item:
     seed: dict
     attack: str
     reply: str
-    mean: float   # before the first visit: the reward it came in with
+    mean: float | int  # before the first visit: the reward it came in with
     visits: int = 0
 
 
@@ -24,9 +25,16 @@ class Pool:
 
     def __init__(self, size, ucb_c, mastered, text=""):
         self.size, self.ucb_c, self.mastered = size, ucb_c, mastered
-        rows = list(map(json.loads, text.splitlines())) or [dict(visits=0, born=0, left=[])]
-        self.visits, self.born, self.left = map(rows[0].get, ("visits", "born", "left"))
-        self.items = [Item(**row) for row in rows[1:]]
+        self.visits, self.born, self.left, self.items = 0, 0, [], []
+        item = {field.name: field.type for field in dataclasses.fields(Item)}
+        for n, line in enumerate(text.splitlines(), 1):
+            row, where = parse_json(line, f"pool.jsonl line {n}"), f"pool.jsonl line {n}"
+            check_fields(row, where, item if n > 1 else dict(visits=int, born=int, left=list))
+            if n == 1:
+                self.visits, self.born, self.left = row["visits"], row["born"], row["left"]
+                continue
+            check_fields(row["seed"], where, dict(id=str, prompt=str))
+            self.items.append(Item(*map(row.get, item)))
 
     def text(self):
         """JSON lines: the totals (left: visits of each mastered item), then an item each."""
@@ -50,14 +58,14 @@ class Pool:
             self.items.remove(min(self.items, key=lambda item: (self.ucb(item), item.number)))
 
     def visit(self, item, r_def, reply):
-        """An item was answered afresh: count, mean, last unsafe reply; a mastered item leaves. An
-        empty reply (r_def 0) is not unsafe, and no visit that masters."""
+        """An item was answered afresh: count, mean, last unsafe reply; a mastered item leaves.
+        reply: "" if there is nothing in it (r_def 0): not unsafe, and no visit that masters."""
         item.mean = (item.mean * item.visits + r_def) / (item.visits + 1)
         item.visits += 1
         self.visits += 1
-        if r_def < 0.5 and reply.strip():
+        if r_def < 0.5 and reply:
             item.reply = reply
-        mastered = item.visits >= 3 and item.mean > self.mastered and reply.strip()
+        mastered = item.visits >= 3 and item.mean > self.mastered and reply
         if mastered and item in self.items:
             self.items.remove(item)
             self.left.append(item.visits)
@@ -90,7 +98,8 @@ class Pool:
                 continue
             if games[turn.game][2:]:
                 replayed.append(r_def)
-                self.visit(games[turn.game][2], r_def, turn.answer)
+                reply = "" if turn.labels.empty else turn.answer
+                self.visit(games[turn.game][2], r_def, reply)
             else:
                 fresh.append(r_def)
                 if r_def < 0.5 and not turn.labels.empty:

@@ -17,9 +17,10 @@ DELIMITERS = [
     "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<s>", "</s>", *PLAIN]
 
 # Letters that look like those of the answer lines: Cyrillic, Greek, digits.
-LOOKS = {"a": "\u0430\u03b1", "e": "\u0435\u03b5", "f": "\u0493", "h": "\u04bb\u043d", "l": "i1|\u04cf",
-         "m": "\u043c", "n": "\u043f", "o": "0\u043e\u03bf", "p": "\u0440\u03c1", "q": "\u051b",
-         "r": "\u0433", "s": "\u0455", "t": "\u0442\u03c4", "u": "\u03c5", "y": "\u0443"}
+LOOKS = {"a": "\u0430\u03b1", "e": "\u0435\u03b5", "f": "\u0493", "h": "\u04bb\u043d",
+         "l": "i1|\u04cf", "m": "\u043c", "n": "\u043f", "o": "0\u043e\u03bf",
+         "p": "\u0440\u03c1", "q": "\u051b", "r": "\u0433", "s": "\u0455", "t": "\u0442\u03c4",
+         "u": "\u03c5", "y": "\u0443"}
 
 
 def _letters(words):
@@ -57,9 +58,9 @@ def assigned(text):
 
 
 def plain(text):
-    """`text` as a judge reads it: NFKC (Unicode's compatibility form: full-width or stylized letters
-    become plain ones), no control, format, blank or unassigned characters, and no run of white space
-    longer than one space or two line breaks."""
+    """`text` as a judge reads it: NFKC (Unicode's compatibility form, in which full-width letters
+    are plain ones), no control, format, blank or unassigned characters, and no run of white
+    space longer than one space or two line breaks."""
     text = unicodedata.normalize("NFKC", text.replace("\r\n", "\n"))
     if not text.isascii() or not text.isprintable():
         text = "".join(c for c in text if c in "\t\n" or _category(c)[0] != "C")

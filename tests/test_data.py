@@ -281,3 +281,16 @@ def test_a_file_resumed_from_any_byte_is_the_same(tmp_path, cut):
     path.write_bytes(whole[:len(whole) - cut])
     data.append_missing(path, batches, work)
     assert path.read_bytes() == whole
+
+
+def test_the_digest_of_seeds_is_of_their_content(tmp_path, monkeypatch):
+    """Of files and of hub datasets, where the name alone says nothing."""
+    rows = [dict(prompt="a", harmful=True), dict(prompt="b", harmful=False)]
+    one = data.seeds_digest(str(write_jsonl(tmp_path / "one.jsonl", rows)))
+    assert one == data.seeds_digest(str(write_jsonl(tmp_path / "one.jsonl", rows)))
+    other = [dict(prompt="a", harmful=True), dict(prompt="c", harmful=False)]
+    assert one != data.seeds_digest(str(write_jsonl(tmp_path / "one.jsonl", other)))
+    for table in (rows, other):
+        monkeypatch.setattr(data, "_hub_seeds", lambda name: list(enumerate(table, 1)))
+        other, one = one, data.seeds_digest("some/dataset")
+    assert one != other

@@ -37,7 +37,7 @@ def make_checkpoint(folder, **meta):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"")
-    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "meta.json").write_text(json.dumps(meta or dict(constants={})))
     return folder
 
 
@@ -151,7 +151,8 @@ class World:
 
     def load_model(self, path, dtype):
         self.loads.append(Path(path).name)
-        return types.SimpleNamespace(name=Path(path).name), self.tok
+        config = types.SimpleNamespace(max_position_embeddings=4096)
+        return types.SimpleNamespace(name=Path(path).name, config=config), self.tok
 
     def complete(self, model, tok, turns, cot, max_new, temperature, batch, generator):
         self.batches.append([len(turn.prompt_ids) + max_new for turn in turns])

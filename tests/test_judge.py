@@ -717,7 +717,7 @@ def test_paths_with_an_equals_sign(tmp_path, scripted):
     (["eval", "a", "b"], "usage"),
     (["eval", "no_such_file.jsonl"], "no_such_file.jsonl"),
     (["label", "no_such_file.jsonl", "out.jsonl"], "no_such_file.jsonl"),
-    (["label", "no_such_file.jsonl", "no/such/folder/out.jsonl"], "folder"),
+    (["label", "no_such_file.jsonl", "no/such/folder/out.jsonl"], "no_such_file.jsonl"),
     (["SCORE=x"], "SCORING"),
     (["SCORING=other"], "constrained"),
     (["JUDGE_TOKENS=0"], "from 1 to"),

@@ -319,7 +319,10 @@ def test_main_writes_an_adapter_that_the_judge_loads(command, tmp_path, capsys):
     names = {path.name for path in out.iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors", "calibration.json",
                      "scores.json", "reliability.png"}
-    assert list((tmp_path / "checkpoints" / "00_judge").iterdir()) == []  # the state is gone
+    [held_out] = (tmp_path / "checkpoints" / "00_judge").iterdir()  # the state is gone
+    assert held_out.name == "embedded_held_out.jsonl"
+    held = list(map(json.loads, held_out.read_text().splitlines()))
+    assert len(held) == 60 and {len(row["margins"]) for row in held} == {3}
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["r"] == 2 and config["base_model_name_or_path"] == train.models.WHEEL
     assert config["target_modules"] == sorted(train.LINEAR)

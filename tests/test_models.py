@@ -1,5 +1,6 @@
 """engine/models.py: loading, stop ids, checkpoint folders, and what cannot be loaded."""
 import copy
+import functools
 import json
 import math
 import os
@@ -284,8 +285,8 @@ def test_tensors_that_cannot_be_read(tmp_path, damage):
     save_file(dict(a=torch.arange(300)), path)
     assert models.read_tensors(path)["a"].tolist() == list(range(300))
     damage(path.parent)
-    assert re.search(r"step_000040/state.safetensors: damaged \(.+\): delete that step, the run "
-                     "then goes on from the one before, or from the start",
+    assert re.search(r"step_000040/state.safetensors: damaged \(.+\): delete its folder, a "
+                     "run then goes on from the step before, or from the start",
                      stops(models.read_tensors, path))
 
 
@@ -423,3 +424,89 @@ def test_a_checkpoint_with_a_sloppy_generation_config(loaded, tmp_path):
     model.generation_config.temperature, model.generation_config.top_p = 0.6, 0.9
     models.save_checkpoint(tmp_path / "ck", model, tok, {})
     assert models.load_model(str(tmp_path / "ck"), "float32")[1].stop_ids == tok.stop_ids
+
+
+# ---- fingerprints --------------------------------------------------------------------------------
+
+def hub_cache(folder, commit, *files):
+    """A Hugging Face cache in which a model has these files."""
+    home = folder / "models--some--model"
+    (home / "refs").mkdir(parents=True, exist_ok=True)
+    (home / "refs" / "main").write_text(commit)
+    (home / "snapshots" / commit).mkdir(parents=True, exist_ok=True)
+    for name in files:
+        (home / "snapshots" / commit / name).write_text("{}")
+
+
+def test_the_fingerprint_of_a_hub_model_is_its_commit(tmp_path, monkeypatch):
+    """The same before its weights are there, after, and from the hub; another with a new commit."""
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
+
+    class Api:
+        def model_info(self, name, timeout):
+            return types.SimpleNamespace(sha="a" * 40)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", functools.partial(
+        huggingface_hub.try_to_load_from_cache, cache_dir=str(tmp_path)))
+    assert models.fingerprint("some/model") == "a" * 40
+    hub_cache(tmp_path, "a" * 40, "config.json")
+    assert models.fingerprint("some/model") == "a" * 40
+    hub_cache(tmp_path, "a" * 40, "config.json", "model.safetensors")
+    assert models.fingerprint("some/model") == "a" * 40
+    hub_cache(tmp_path, "b" * 40, "config.json")
+    assert models.fingerprint("some/model") == "b" * 40
+
+
+def test_the_fingerprint_of_a_folder_knows_all_that_answers_depend_on(tiny_models, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_models["llama"], folder)
+    first = models.fingerprint(str(folder))
+    for name in ("meta.json", "scores.json", "state.safetensors"):
+        (folder / name).write_text("{}")
+    assert models.fingerprint(str(folder)) == first
+    seen = {first}
+    for name in ("chat_template.jinja", "generation_config.json", "tokenizer_config.json",
+                 "config.json", "tokenizer.json"):
+        file = folder / name
+        file.write_text((file.read_text() if file.exists() else "") + " ")
+        seen.add(models.fingerprint(str(folder)))
+    assert len(seen) == 6
+
+
+# ---- adapters ------------------------------------------------------------------------------------
+
+def test_an_adapter_as_peft_loads_it_and_damaged_ones(loaded, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    model = copy.deepcopy(loaded["llama"][0])
+    lora = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(tmp_path / "a")
+    ids = torch.arange(12)[None]
+    want = PeftModel.from_pretrained(copy.deepcopy(loaded["llama"][0]), tmp_path / "a")(ids).logits
+    found = models.add_adapter(copy.deepcopy(loaded["llama"][0]), tmp_path / "a")
+    assert torch.equal(found(ids).logits, want)
+    assert not any(p.requires_grad for p in found.parameters())
+    learns = models.add_adapter(copy.deepcopy(loaded["llama"][0]), tmp_path / "a", trainable=True)
+    names = [name for name, p in learns.named_parameters() if p.requires_grad]
+    assert names and all("lora_" in name for name in names)
+
+    def damage(name, change):
+        folder = tmp_path / name
+        shutil.copytree(tmp_path / "a", folder)
+        change(folder)
+        return stops(models.add_adapter, copy.deepcopy(loaded["llama"][0]), folder)
+
+    weights, config = "adapter_model.safetensors", "adapter_config.json"
+    tensors = load_file(tmp_path / "a" / weights)
+    first = sorted(tensors)[0]
+    less = {k: v for k, v in tensors.items() if k != first}
+    assert "damaged" in damage("b", lambda f: (f / weights).write_bytes(b""))
+    assert "another model" in damage("c", lambda f: save_file(less, f / weights))
+    nan = dict(tensors, **{first: tensors[first] * float("nan")})
+    assert "finite" in damage("d", lambda f: save_file(nan, f / weights))
+    assert config in damage("e", lambda f: (f / config).write_text("[]"))
+    text = (tmp_path / "a" / config).read_text()
+    assert "another model" in damage("f", lambda f: (f / config).write_text(
+        text.replace('"r": 2', '"r": 4')))

@@ -22,7 +22,7 @@ def make_checkpoint(folder, meta):
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"")
     if meta is not None:
-        (folder / "meta.json").write_text(json.dumps(meta))
+        (folder / "meta.json").write_text(json.dumps(meta or dict(constants={})))
     return folder
 
 

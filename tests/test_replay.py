@@ -65,7 +65,7 @@ def test_pool_against_a_slow_reference():
     for step in range(10000):
         if rng.random() < 0.3:
             attack, r = f"a{rng.randrange(300)}", rng.random() / 2
-            pool.insert({}, attack, "", r)
+            pool.insert(dict(id="s", prompt="p"), attack, "", r)
             if attack not in [x["attack"] for x in slow.values()]:
                 slow[born] = dict(attack=attack, first=r, seen=[])
                 born += 1
@@ -153,7 +153,7 @@ def test_an_empty_reply_is_no_visit_that_masters():
     for r_def in (1.0, 1.0, 0.5):
         pool.visit(item, r_def, "safe")
     pool.mastered = 0.6  # its mean falls to .625 by the next visit
-    pool.visit(item, 0.0, " ")
+    pool.visit(item, 0.0, "")  # also what remember() makes of white space or markers
     assert item in pool.items and item.visits == 4 and item.reply == "unsafe 0"
     pool.visit(item, 1.0, "safe")
     assert item not in pool.items
@@ -168,3 +168,14 @@ def test_remember_of_a_step_without_games():
     out = new_pool().remember([], [], [])
     assert math.isnan(out["r_fresh"]) and math.isnan(out["r_replay"])
     assert (out["pool"], out["mastered"]) == (0, 0.0)
+
+
+def test_a_reply_of_markers_alone_is_empty_to_the_pool():
+    """The judge marks it as empty: it replaces no unsafe reply and masters nothing."""
+    pool = filled(1)
+    [item] = pool.items
+    game = ("replayed_harmful", item.seed, item)
+    turn = Turn("defender", "replayed_harmful", item.seed, [1], "request", answer="<|im_start|>",
+                game=0, labels=Labels(True, False, False, empty=True))
+    pool.remember([game], [turn], [0.0])
+    assert item.reply == "unsafe 0" and item.visits == 1

@@ -87,7 +87,7 @@ def python(*words, cwd):
     (["COT=1"], dict(COT=True)),
     (["MODEL=a/b=c"], dict(MODEL="a/b=c")),
     (["MODEL=12"], dict(MODEL="12")),
-    (["MODEL="], dict(MODEL="")),
+    (["COLOUR="], dict(COLOUR="")),
     (["ROLES=attacker", "STEPS=2"], dict(ROLES="attacker", STEPS=2)),
     (["--paper"], dict(STEPS=200, MODEL="Qwen/Qwen2.5-7B-Instruct")),
     (["--paper", "STEPS=3"], dict(STEPS=3, MODEL="Qwen/Qwen2.5-7B-Instruct")),

@@ -52,7 +52,7 @@ def test_what_did_not_parse_is_left_out_of_the_rate():
 # ---- answers to one benchmark
 
 def row(number, answer, harmful, refusal, matcher, parsed=True, well_formed=True, cut=False):
-    return dict(id=str(number), answer=answer, well_formed=well_formed, cut=cut, matcher=matcher,
+    return dict(id=str(number), answer=answer, empty=answer in ("", "<|im_start|>"), well_formed=well_formed, cut=cut, matcher=matcher,
                 response_harmful=harmful, response_refusal=refusal, parsed=parsed)
 
 
@@ -76,7 +76,7 @@ def test_scores_of_a_harmful_benchmark():
 
 def test_an_empty_answer_is_no_compliance():
     rows = [row(0, "<a>", False, False, False), row(1, "<b>", False, True, False),
-            row(2, "", False, False, False), row(3, "<c>", None, None, True, parsed=False)]
+            row(2, "<|im_start|>", False, False, False), row(3, "<c>", None, None, True, parsed=False)]
     out = scores.score_answers(rows, False)
     # <a> alone: <b> is refused, the third empty, <c> did not parse. The matcher: <a> and <b>.
     assert out["benign_compliance"]["rate"] == pytest.approx(1 / 3)
@@ -148,10 +148,9 @@ def test_change_between_checkpoints_is_paired(tmp_path):
         for bench, values in labels[name].items():
             empty = (name, bench) == ("new", "b")
             write(tmp_path / name / f"{bench}.jsonl", [
-                dict(id=str(i), answer="" if empty and i == 3 else "x")
-                for i in reversed(range(len(values)))])
+                dict(id=str(i), answer="x") for i in reversed(range(len(values)))])
             write(tmp_path / name / f"{bench}.labels.jsonl", [
-                dict(id=str(i), parsed=i < 4, response_harmful=bool(v), response_refusal=bool(v))
+                dict(id=str(i), parsed=i < 4, empty=empty and i == 3, response_harmful=bool(v), response_refusal=bool(v))
                 for i, v in enumerate(values)])
         write(tmp_path / name / "know.jsonl", [
             dict(id=str(i), right=bool(v)) for i, v in enumerate(right[name])])

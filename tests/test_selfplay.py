@@ -863,3 +863,21 @@ def test_a_tracker_logs_the_run(small_run, workplace):
     small_run("STEPS=1", "TRACKER=tensorboard")
     folder = workplace / "results" / "runs" / "02_rl"
     assert len(list(folder.glob("02_rl/events.*"))) == 1 and (folder / "metrics.csv").is_file()
+
+
+def test_attacker_only_keeps_the_sft_mix_and_needs_attacked_seeds(small_run, workplace, tmp_path,
+                                                                  capsys):
+    """As the published script does (its SFT data do not depend on the roles)."""
+    sft = write_jsonl(tmp_path / "sft.jsonl", [
+        dict(kind="comply", seed="s", request="ask", thinking="hm", answer="say")])
+    small_run("STEPS=1", f"SFT={sft}", "RUN=a", "ROLES=attacker")
+    assert "SFT examples 1" in capsys.readouterr().out
+    assert "ATTACKED leaves none" in stops(small_run, "STEPS=1", f"SFT={sft}", "RUN=b",
+                                           "ROLES=attacker", "ATTACKED=0")
+
+
+def test_cuts_of_the_rubric_are_counted_too():
+    rubric = types.SimpleNamespace(truncated=3)
+    assert judge.cuts(types.SimpleNamespace(truncated=2, rubric=rubric)) == 5
+    assert judge.cuts(types.SimpleNamespace(truncated=2, rubric=None)) == 2
+    assert judge.cuts(types.SimpleNamespace(truncated=2)) == 2  # LlamaGuard

@@ -302,6 +302,8 @@ def test_the_learning_rate_of_every_update(monkeypatch):
     rates = []
 
     class Recorder:
+        left_out = 0
+
         def __init__(self, *_):
             pass
 
