@@ -32,11 +32,11 @@ from typing import Literal
 import torch
 
 import judge
-from engine import models, progress, run
+from engine import adapters, models, progress, run
 from engine.batching import chunks
 from engine.logprobs import cross_entropy_step
 from engine.optim import OPTIMIZERS, cosine_with_warmup
-from engine.run import CHECKPOINTS, Share, die, locate
+from engine.run import CHECKPOINTS, Count, Share, die, locate
 from engine.sampling import sample
 from selfplay.data import halves, load_seeds, seeds_digest
 from selfplay.sanitize import neutralize, printable
@@ -59,6 +59,8 @@ THINK_TOKENS = 40         # longest post-filled thinking, tokens; published: 102
 TEMPERATURE = 0.7         # of replies and thinking, for examples only; published: 0.6
 TOP_P: Share = 1.0        # nucleus, for examples only; published: 0.9
 LR = 4e-5                 # peak; a tenth of the updates up to it, then a cosine to a tenth (ours)
+LORA_RANK: Count = 0      # 0: all weights learn; else an adapter of this rank (engine/adapters.py)
+LORA_ALPHA = 32           # its scale is alpha / rank (ours)
 EPOCHS = 3                # passes over the examples (ours)
 BATCH = 8                 # examples an update (ours)
 PROBE = 96                # sampled turns of each role before and after (ours)
@@ -300,6 +302,7 @@ def main(argv):
     print(f"examples: {kinds['comply']} comply, {kinds['refuse']} refuse, {ATTACKER_EXAMPLES} "
           f"attacks; {time.time() - began:.0f} s")
     show(tok, rows[0])
+    adapters.choose_weights(model, LORA_RANK, LORA_ALPHA, SEED)
     train(model, rows, rng)
     after = probe(model, tok, scorer, dev, "after ")
     meta = dict(run.make_meta(globals(), MODEL), inputs=inputs, before=before, after=after,

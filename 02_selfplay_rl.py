@@ -56,7 +56,7 @@ from typing import Literal
 import torch
 
 import judge
-from engine import memory, models, progress, run
+from engine import adapters, memory, models, progress, run
 from engine.batching import evenly, micro_batches
 from engine.logprobs import cross_entropy_step, token_logprobs
 from engine.optim import OPTIMIZERS, cosine_with_warmup
@@ -87,6 +87,8 @@ ATTACKED: Share = 0.5     # share of seeds that go through the attacker; paper: 
 ATTACK_TOKENS = 96        # longest attacker turn; paper: 2048
 REPLY_TOKENS = 112        # longest defender turn; paper: 2048
 LR = 5e-5                 # peak; paper: 5e-7 (7B, 128 seeds)
+LORA_RANK: Count = 0      # 0: all weights learn; else an adapter of this rank (engine/adapters.py)
+LORA_ALPHA = 32           # its scale is alpha / rank (ours)
 HORIZON = 100             # rollouts of the cosine to a tenth of LR; published: about 312
 WARMUP: Share = 0.03      # share of HORIZON; published: 0.03
 UPDATES = 1               # optimizer steps a rollout; published: up to 6 of 32 turns
@@ -399,7 +401,7 @@ def plan_memory(source, seeds):
 def start():
     """Load all that a run works with: new, or from the newest checkpoint -> Run."""
     source = str(run.locate(MODEL) or MODEL)
-    if MODEL == "checkpoints/01_sft" and not run.locate(f"{MODEL}/config.json"):
+    if MODEL == "checkpoints/01_sft" and not run.locate(f"{MODEL}/meta.json"):
         die(f"{MODEL} not found: run python 01_sft_warmup.py first")
     seeds, dev, embed = load_seeds(SEEDS, "train"), [], None
     plan_memory(source, seeds)
@@ -428,7 +430,11 @@ def start():
     judge.check(scorer, JUDGE_FLOOR)
     ref, tok = models.load_model(source, DTYPE)
     ref.requires_grad_(False)
-    model, _ = models.load_model(str(resumed or source), DTYPE)
+    if LORA_RANK:  # one set of weights in memory; a resumed adapter comes with the optimizer's state
+        model = adapters.share(ref)
+    else:
+        model, _ = models.load_model(str(resumed or source), DTYPE)
+    adapters.choose_weights(model, LORA_RANK, LORA_ALPHA, SEED)
     optimizer = OPTIMIZERS[OPTIMIZER](model, (0.9, 0.95), 0.0)
     sft, pool = read_examples(sft_file, tok, SFT_KINDS, COT), ""
     if not draw_seeds(seeds, 0):

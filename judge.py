@@ -26,8 +26,9 @@ from typing import Literal
 
 import torch
 
-from engine import memory, models, progress
+from engine import adapters, memory, models, progress
 from engine.batching import common_prefix, micro_batches, pad, shared_opening
+from engine.merge import merge
 from engine.run import PROMPTS, ROOT, configure, die, guarded, read_json, write_text
 from engine.sampling import sample
 from evaluation.scores import label_scores
@@ -375,12 +376,12 @@ def load_judge(name, quantize="auto", scoring="constrained", judge_tokens=JUDGE_
         if "llama-guard" in name.lower():
             return LlamaGuard(model, tok, judge_tokens, max_text)
         return Judge(model, tok, None, scoring, judge_tokens, max_text)
-    if not (adapter / "adapter_model.safetensors").exists():
+    if not (adapter / adapters.WEIGHTS).exists():
         die(f"{adapter.name}/ has no adapter: run python -m judge_adapter.train "
             "DATA_DIR=<folder of labelled exchanges> first")
     model, tok = models.load_model(models.EMBEDDED, "float32")  # merged, then rounded once
-    model = models.add_adapter(model, adapter)
-    model = model.merge_and_unload().to(models.pick_dtype("auto", frozen=True))
+    adapters.attach(model, adapter, models.read_tensors)
+    model = merge(model).to(models.pick_dtype("auto", frozen=True))
     model = model.eval().requires_grad_(False)
     stored = adapter / "calibration.json"
     calibration = read_json(stored, *FIELDS) if stored.exists() else None

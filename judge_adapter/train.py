@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import attention, models, progress, run
+from engine import adapters, attention, models, progress, run
 from engine.batching import chunks, micro_batches, pad, shared_opening
 from engine.optim import MasterAdamW
 from engine.run import Share
@@ -260,7 +260,7 @@ def train(scorer, rows, state_file):
 
 def train_adapter(rows):
     """A LoRA on the embedded model -> judge_adapter/."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
     model, tok = models.load_model(models.EMBEDDED)
     if model.device.type == "cpu":
         model.set_attn_implementation(attention.register())
@@ -270,18 +270,19 @@ def train_adapter(rows):
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, task_type="CAUSAL_LM", target_modules=LINEAR,
                       layers_to_transform=list(range(FIRST_LAYER, depth)))
     if INIT:  # with its own rank and layers
-        wrapped = models.add_adapter(model, Path(INIT), trainable=True)
+        adapters.attach(model, Path(INIT), models.read_tensors)
     else:
-        wrapped = get_peft_model(model, lora, autocast_adapter_dtype=False)
+        model.add_adapter(lora)
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
     folder = adapter_of(WHICH)
     made_of = json.dumps([dict(run.constants(globals()), PROGRESS=None), len(rows)])
     state = f"00_judge/{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.safetensors"
     train(Judge(model, tok), rows, run.CHECKPOINTS / state)
-    config = wrapped.peft_config["default"]
-    config.base_model_name_or_path = models.WHEEL
-    config.target_modules = sorted(config.target_modules)  # a set: its order changes every time
-    wrapped.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink()  # peft's empty card; ours is CARD.md
+    folder.mkdir(exist_ok=True)
+    model.save_pretrained(folder)
+    adapters.tidy(folder, models.WHEEL)
+    (folder / "generation_config.json").unlink(missing_ok=True)
     (run.CHECKPOINTS / state).unlink(missing_ok=True)
 
 

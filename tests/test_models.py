@@ -474,39 +474,3 @@ def test_the_fingerprint_of_a_folder_knows_all_that_answers_depend_on(tiny_model
         file.write_text((file.read_text() if file.exists() else "") + " ")
         seen.add(models.fingerprint(str(folder)))
     assert len(seen) == 6
-
-
-# ---- adapters ------------------------------------------------------------------------------------
-
-def test_an_adapter_as_peft_loads_it_and_damaged_ones(loaded, tmp_path):
-    from peft import LoraConfig, PeftModel, get_peft_model
-    model = copy.deepcopy(loaded["llama"][0])
-    lora = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
-    get_peft_model(model, lora).save_pretrained(tmp_path / "a")
-    ids = torch.arange(12)[None]
-    want = PeftModel.from_pretrained(copy.deepcopy(loaded["llama"][0]), tmp_path / "a")(ids).logits
-    found = models.add_adapter(copy.deepcopy(loaded["llama"][0]), tmp_path / "a")
-    assert torch.equal(found(ids).logits, want)
-    assert not any(p.requires_grad for p in found.parameters())
-    learns = models.add_adapter(copy.deepcopy(loaded["llama"][0]), tmp_path / "a", trainable=True)
-    names = [name for name, p in learns.named_parameters() if p.requires_grad]
-    assert names and all("lora_" in name for name in names)
-
-    def damage(name, change):
-        folder = tmp_path / name
-        shutil.copytree(tmp_path / "a", folder)
-        change(folder)
-        return stops(models.add_adapter, copy.deepcopy(loaded["llama"][0]), folder)
-
-    weights, config = "adapter_model.safetensors", "adapter_config.json"
-    tensors = load_file(tmp_path / "a" / weights)
-    first = sorted(tensors)[0]
-    less = {k: v for k, v in tensors.items() if k != first}
-    assert "damaged" in damage("b", lambda f: (f / weights).write_bytes(b""))
-    assert "another model" in damage("c", lambda f: save_file(less, f / weights))
-    nan = dict(tensors, **{first: tensors[first] * float("nan")})
-    assert "finite" in damage("d", lambda f: save_file(nan, f / weights))
-    assert config in damage("e", lambda f: (f / config).write_text("[]"))
-    text = (tmp_path / "a" / config).read_text()
-    assert "another model" in damage("f", lambda f: (f / config).write_text(
-        text.replace('"r": 2', '"r": 4')))

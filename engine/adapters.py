@@ -1,0 +1,91 @@
+"""LoRA (arXiv 2106.09685): adapters of a few MB that learn while the model's own weights stay.
+
+They sit on all linear layers but the head, in the type of the weights, without dropout, and are
+never merged while a run lasts: sampling and training go through the same forward pass. What is
+saved are peft's files; `python -m engine.merge` makes an ordinary model of them."""
+import copy
+import json
+
+import torch
+
+from engine.run import die, read_json, short, write_text
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def is_adapter(folder):
+    """Does a folder hold an adapter, not a whole model?"""
+    return (folder / CONFIG).is_file()
+
+
+def base_of(folder):
+    """The name of the model that the adapter in a folder was made for."""
+    return read_json(folder / CONFIG, base_model_name_or_path=str)["base_model_name_or_path"]
+
+
+def add_lora(model, rank, alpha, seed):
+    """Give a model a new adapter, which changes nothing yet (B is 0). Only it learns: all other
+    weights are frozen."""
+    from peft import LoraConfig
+    torch.manual_seed(seed)
+    model.requires_grad_(False)
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear",
+                                 lora_dropout=0.0))
+
+
+def attach(model, folder, read_tensors):
+    """Give a model the adapter in a folder. One that is damaged, or of another model, stops.
+    read_tensors: path -> {name: tensor}, stops by itself."""
+    from peft import LoraConfig, set_peft_model_state_dict
+    read_json(folder / CONFIG, "r", "target_modules")
+    tensors = read_tensors(folder / WEIGHTS)
+    model.requires_grad_(False)
+    try:
+        model.add_adapter(LoraConfig.from_pretrained(str(folder)))
+    except Exception as problem:  # of many types; each means a config that does not fit
+        die(f"{short(folder / CONFIG)} does not fit the model ({str(problem)[:80]})")
+    want, found = {}, {}
+    for name, x in model.get_adapter_state_dict().items():
+        want[name] = x.shape
+    for name, x in tensors.items():
+        found[name.removeprefix("base_model.model.")] = x
+    if want != {name: x.shape for name, x in found.items()}:
+        die(f"{short(folder)}: an adapter of another model or rank, or damaged")
+    if not all(x.isfinite().all() for x in found.values()):
+        die(f"{short(folder)}: its weights are not finite")
+    set_peft_model_state_dict(model, found)
+
+
+def share(model):
+    """A second model with the same weights, in the same memory, and its own copy of the adapter:
+    the frozen reference beside the policy, or one player beside the other."""
+    memo = {}
+    for name, p in [*model.named_parameters(), *model.named_buffers()]:
+        if "lora_" not in name:
+            memo[id(p)] = p
+    return copy.deepcopy(model, memo)
+
+
+def has_adapter(model):
+    """Has a model an adapter?"""
+    return getattr(model, "_hf_peft_config_loaded", False)
+
+
+def choose_weights(model, rank, alpha, seed):
+    """Say what of a loaded model learns: all weights (rank 0), its adapter, which must be of that
+    rank, or a new one."""
+    own = model.peft_config["default"].r if has_adapter(model) else 0
+    if own and own != rank:
+        die(f"MODEL is an adapter of rank {own}: give LORA_RANK={own}, or make an ordinary model of "
+            "it (python -m engine.merge)")
+    if rank and not own:
+        add_lora(model, rank, alpha, seed)
+    for name, p in model.named_parameters():
+        p.requires_grad_(not rank or "lora_" in name)
+
+
+def tidy(folder, base):
+    """Bring peft's config in a folder into a fixed order, and write down whose adapter it is."""
+    config = read_json(folder / CONFIG)
+    config |= dict(base_model_name_or_path=base, target_modules=sorted(config["target_modules"]))
+    write_text(folder / CONFIG, json.dumps(config, indent=1, sort_keys=True))

@@ -1,0 +1,209 @@
+"""engine/adapters.py: LoRA in the stages, its files, and two models on one set of weights."""
+import copy
+import json
+import shutil
+
+import pandas
+import pytest
+import torch
+from helpers import KINDS, SMALL, import_stage, keep_constants, stops
+from safetensors.torch import load_file
+
+from engine import adapters, merge, models
+from engine.optim import MasterAdamW
+
+IDS = torch.arange(3, 19)[None]
+
+
+def with_lora(model, rank=2, noise=0.1):
+    """A copy of a model with an adapter that does something."""
+    model = copy.deepcopy(model)
+    adapters.choose_weights(model, rank, 4, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.copy_(noise * torch.randn(p.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_adapter_changes_nothing_and_alone_learns(loaded, kind):
+    plain = loaded[kind][0]
+    model = with_lora(plain, noise=0.0)
+    assert type(model) is type(plain) and torch.equal(model(IDS).logits, plain(IDS).logits)
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert learning and all("lora_" in name for name in learning)
+    linear = [name for name, m in plain.named_modules() if type(m) is torch.nn.Linear]
+    assert len(learning) == 2 * (len(linear) - 1)  # all but the head
+    assert {p.dtype for p in model.parameters()} == {next(plain.parameters()).dtype}
+
+
+def test_the_adapter_is_what_lora_says(loaded):
+    """W + alpha / rank B A, against weights that were changed by hand."""
+    model = with_lora(loaded["llama"][0]).double()
+    plain, state = copy.deepcopy(loaded["llama"][0]).double(), model.get_adapter_state_dict()
+    with torch.no_grad():
+        for name, module in plain.named_modules():
+            if f"{name}.lora_A.weight" in state:
+                a, b = state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]
+                module.weight += 4 / 2 * b @ a
+    torch.testing.assert_close(model(IDS).logits, plain(IDS).logits)
+
+
+def test_shared_weights_and_adapters_apart(loaded):
+    policy = with_lora(loaded["qwen2"][0])
+    reference = adapters.share(policy)
+    for (name, a), b in zip(policy.named_parameters(), reference.parameters()):
+        assert ("lora_" in name) == (a.data_ptr() != b.data_ptr())
+    before = reference(IDS).logits.detach()
+    optimizer = MasterAdamW(policy, (0.9, 0.95), 0.0)
+    policy(IDS).logits.square().sum().backward()
+    optimizer.collect()
+    optimizer.step(1e-2, 1.0)
+    assert torch.equal(reference(IDS).logits, before)
+    assert not torch.equal(policy(IDS).logits, before)
+    plain = copy.deepcopy(loaded["qwen2"][0])
+    fresh = adapters.share(plain)  # of a model without an adapter
+    adapters.choose_weights(fresh, 2, 4, 0)
+    assert not adapters.has_adapter(plain) and adapters.has_adapter(fresh)
+
+
+def test_files_and_what_damages_them(loaded, tiny_models, tmp_path):
+    from peft import PeftModel
+    base, tok = models.load_model(tiny_models["llama"], "float32")
+    model = with_lora(base)
+    model.base_name = tiny_models["llama"]
+    folder = tmp_path / "a"
+    models.save_checkpoint(folder, model, tok, dict(stage="x"), dict(state=torch.zeros(1)))
+    assert {p.name for p in folder.iterdir()} == {
+        adapters.CONFIG, adapters.WEIGHTS, "meta.json", "state.safetensors"}
+    config = json.loads((folder / adapters.CONFIG).read_text())
+    assert config["base_model_name_or_path"] == tiny_models["llama"]
+    assert config["target_modules"] == sorted(config["target_modules"])
+    again, _ = models.load_model(str(folder), "float32")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert not any(p.requires_grad for n, p in again.named_parameters() if "lora_" not in n)
+    by_peft = PeftModel.from_pretrained(copy.deepcopy(base), folder)  # as anybody loads it
+    torch.testing.assert_close(by_peft(IDS).logits, model(IDS).logits)
+    assert models.peek(str(folder))[0].hidden_size == base.config.hidden_size
+    assert models.fingerprint(str(folder)) != models.fingerprint(tiny_models["llama"])
+
+    tensors = load_file(folder / adapters.WEIGHTS)
+    first = sorted(tensors)[0]
+    damages = {
+        "damaged": lambda f: (f / adapters.WEIGHTS).write_bytes(b"x"),
+        "another model": lambda f: (f / adapters.CONFIG).write_text(
+            json.dumps(dict(config, r=3))),
+        "finite": lambda f: models_save(dict(tensors, **{first: tensors[first] / 0}), f),
+        "not found": lambda f: (f / adapters.CONFIG).write_text(
+            json.dumps(dict(config, base_model_name_or_path="checkpoints/nowhere")))}
+    for n, (says, damage) in enumerate(damages.items()):
+        other = tmp_path / f"d{n}"
+        shutil.copytree(folder, other)
+        damage(other)
+        assert says in stops(models.load_model, str(other), "float32")
+
+
+def models_save(tensors, folder):
+    from safetensors.torch import save_file
+    save_file(tensors, folder / adapters.WEIGHTS)
+
+
+def test_rank_must_be_that_of_the_adapter(loaded):
+    model = with_lora(loaded["llama"][0], rank=2)
+    assert "LORA_RANK=2" in stops(adapters.choose_weights, model, 4, 4, 0)
+    assert "LORA_RANK=2" in stops(adapters.choose_weights, model, 0, 4, 0)
+    adapters.choose_weights(model, 2, 4, 0)
+
+
+# ---- in the stages -------------------------------------------------------------------------------
+
+@pytest.fixture
+def chain(workplace, tiny_models):
+    """-> functions that run stages 01 and 02 on tiny models, below tmp_path."""
+    judge = [f"JUDGE={tiny_models['mistral']}", "PROGRESS=false", "DTYPE=float32", "LR=1e-2"]
+
+    def sft(*words):
+        with pytest.MonkeyPatch.context() as patch:
+            stage = import_stage("01_sft_warmup")
+            keep_constants(patch, stage)
+            stage.main([f"MODEL={tiny_models['qwen2']}", *judge, "DEFENDER_EXAMPLES=4", "EPOCHS=1",
+                        "ATTACKER_EXAMPLES=4", "PROBE=4", "REPLY_TOKENS=6", "THINK_TOKENS=6",
+                        "LORA_RANK=2", *words])
+
+    def rl(*words):
+        with pytest.MonkeyPatch.context() as patch:
+            stage = import_stage("02_selfplay_rl")
+            keep_constants(patch, stage)
+            stage.main(["MODEL=checkpoints/01_sft", *judge, *SMALL, "STEPS=3", "SAVE_EVERY=1",
+                        "LORA_RANK=2", *words])
+    return sft, rl
+
+
+def adapter_of(folder):
+    return load_file(folder / adapters.WEIGHTS)
+
+
+def test_warm_up_and_self_play_with_an_adapter(chain, workplace, tiny_models, monkeypatch, capsys):
+    """The warm-up's adapter is where self-play begins and its reference; resume is bit for bit; an
+    adapter of another rank stops; a whole model can be the start too."""
+    sft, rl = chain
+    sft()
+    start = workplace / "checkpoints" / "01_sft"
+    assert {p.name for p in start.iterdir()} == {
+        adapters.CONFIG, adapters.WEIGHTS, "meta.json", "defender.jsonl"}
+    assert "LORA_RANK=2" in stops(rl, "LORA_RANK=4", "RUN=no")
+    rl("RUN=whole")
+    rl("RUN=cut", "STEPS=1")
+    capsys.readouterr()
+    rl("RUN=cut")
+    assert "resumed from checkpoints/cut/step_000001" in capsys.readouterr().out
+    runs = [workplace / "checkpoints" / name / "step_000003" for name in ("whole", "cut")]
+    first, whole, cut = adapter_of(start), *map(adapter_of, runs)
+    assert first.keys() == whole.keys()
+    assert any(not torch.equal(first[name], whole[name]) for name in first)
+    for name in whole:
+        assert torch.equal(whole[name], cut[name])
+    games = [workplace / "results" / "runs" / name / "games.jsonl" for name in ("whole", "cut")]
+    assert games[0].read_bytes() == games[1].read_bytes()
+    metrics = pandas.read_csv(games[0].with_name("metrics.csv"))
+    assert abs(metrics["kl"][0]) < 1e-5 < abs(metrics["kl"][2])  # the reference is the warm-up
+    assert sum(p.stat().st_size for p in runs[0].iterdir()) < 200_000
+
+    rl(f"MODEL={tiny_models['llama']}", f"SFT={start}/defender.jsonl", "RUN=fresh")
+    config = json.loads((runs[0].parents[1] / "fresh" / "step_000003" / adapters.CONFIG).read_text())
+    assert config["base_model_name_or_path"] == tiny_models["llama"]
+    model, _ = models.load_model(str(runs[0]), "float32")
+    assert type(model).__name__ == "Qwen2ForCausalLM"
+
+
+def test_the_policy_is_as_large_as_the_adapter(chain, workplace, monkeypatch):
+    """Reference and policy hold one set of weights, and the optimizer knows the adapter alone."""
+    sft, rl = chain
+    sft()
+    stage, seen = import_stage("02_selfplay_rl"), []
+    monkeypatch.setattr(stage, "one_step", lambda r, step: seen.append(r) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        rl("RUN=a")
+    policy, reference = dict(seen[0].model.named_parameters()), seen[0].ref.named_parameters()
+    shared = [name for name, p in reference if p.data_ptr() == policy[name].data_ptr()]
+    assert shared == [name for name in policy if "lora_" not in name]
+    assert len(seen[0].optimizer.params) == len(policy) - len(shared)
+    assert not any(p.requires_grad for p in seen[0].ref.parameters())
+
+
+def test_merge_makes_an_ordinary_model(loaded, tiny_models, tmp_path):
+    base, tok = models.load_model(tiny_models["qwen2"], "float32")
+    model = with_lora(base)
+    models.save_checkpoint(tmp_path / "a", model, tok, dict(stage="02", constants=dict(COT=False)))
+    merge.main([str(tmp_path / "a"), str(tmp_path / "out")])
+    from transformers import AutoModelForCausalLM
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert not any("lora" in name for name, _ in plain.named_parameters())
+    torch.testing.assert_close(plain(IDS).logits, model(IDS).logits)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["constants"]["COT"] is False
+    assert "exists" in stops(merge.main, [str(tmp_path / "a"), str(tmp_path / "out")])
+    assert "adapter_config.json" in stops(merge.main, [tiny_models["qwen2"], str(tmp_path / "x")])
+    assert "usage" in stops(merge.main, ["x"])
