@@ -394,7 +394,7 @@ def plan_memory(source, seeds):
         turns["attack"] = (min(SAMPLE_BATCH, attacked), attack, ATTACK_TOKENS)
     rows = memory.plan(memory.shape(policy[0]), judges, models.pick_dtype(DTYPE).itemsize,
                        OPTIMIZER, turns, TRAIN_TOKENS, judge.JUDGE_TOKENS,
-                       eager=not torch.cuda.is_available())
+                       eager=not torch.cuda.is_available(), rank=LORA_RANK)
     memory.check(rows, stop=MEMORY_CHECK and not PLAN_ONLY)
 
 
@@ -425,6 +425,7 @@ def start():
                   prompts=run.file_digest(*run.PROMPTS.glob("*.txt")))
     if resumed:
         run.check_resume(globals(), resumed, inputs)
+        run.drop_old_states(resumed)  # a run killed while it saved may have two
     scorer = judge.load_judge(JUDGE, QUANTIZE, rubric=rubric,
                               max_text=judge.text_limit(ATTACK_TOKENS, REPLY_TOKENS))
     judge.check(scorer, JUDGE_FLOOR)

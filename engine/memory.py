@@ -21,8 +21,10 @@ ON_CPU = 1.5        # 02 with its defaults on 2 cores, 100 steps: 9.9 GB measure
 DRAW = 20           # bytes of a logit when a token is drawn, besides itself: 3 float32, 1 float64
 Row = namedtuple("Row", "phase name bytes how")  # of the plan; how: the arithmetic in words
 # What counts of a model. weights: parameters, tied ones once; packed: those that NF4 packs (of
-# linear layers, not of the head); inner: width of the feed-forward layer.
-Shape = namedtuple("Shape", "weights packed layers hidden inner heads kv_heads head_dim vocab")
+# linear layers, not of the head); ports: inputs and outputs of those layers, which is what an adapter
+# of rank 1 has; inner: width of the feed-forward layer.
+Shape = namedtuple("Shape", "weights packed ports layers hidden inner heads kv_heads head_dim "
+                   "vocab")
 
 
 def shape(config):
@@ -31,11 +33,14 @@ def shape(config):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
-    packed = sum(m.weight.numel() for m in model.modules()
-                 if isinstance(m, torch.nn.Linear) and m is not head)
+    packed = ports = 0
+    for m in model.modules():
+        if isinstance(m, torch.nn.Linear) and m is not head:
+            packed += m.weight.numel()
+            ports += m.in_features + m.out_features
     heads, hidden = config.num_attention_heads, config.hidden_size
-    return Shape(sum(p.numel() for p in model.parameters()), packed, config.num_hidden_layers,
-                 hidden, getattr(config, "intermediate_size", 4 * hidden), heads,
+    return Shape(sum(p.numel() for p in model.parameters()), packed, ports,
+                 config.num_hidden_layers, hidden, getattr(config, "intermediate_size", 4 * hidden), heads,
                  getattr(config, "num_key_value_heads", None) or heads,
                  getattr(config, "head_dim", None) or hidden // heads, head.weight.shape[0])
 
@@ -50,24 +55,30 @@ def pass_bytes(s, size):
     return (3 * s.inner + 2 * s.hidden) * size
 
 
-def activation_bytes(s, size, row, eager):
-    """What autograd keeps of one position in a row of `row`. Norms: input in float32, normalized,
-    output. Attention: query, key, value (one for each query head), output, cache; if eager, all
-    probabilities in float32 and `size`, else the mask. Feed-forward part: four inner widths."""
-    norm = (4 + 2 * size) * s.hidden
+def activation_bytes(s, size, row, eager, rank=0):
+    """What autograd keeps of one position in a row of `row`; rank: of an adapter, 0: none. Norms:
+    input in float32, normalized, output. Attention: query, key, value (one for each query head),
+    output, cache; if eager, all probabilities in float32 and `size`, else the mask. Feed-forward
+    part: four inner widths. Adapter: what its seven first matrices give."""
+    norm = (4 + (1 if rank else 2) * size) * s.hidden  # for its own weight, if that learns
     scores = s.heads * row * (4 if size == 4 else 4 + size) if eager else row * size + 4 * s.heads
     layer = 2 * norm + 4 * s.heads * s.head_dim * size + 4 * s.inner * size + scores
+    layer += 7 * rank * size if rank else 0
     return s.layers * layer + norm + kv_bytes(s, size)
 
 
-def plan(model, judges, size, optimizer, turns, train_tokens, judge_tokens, eager, trained=None):
+def plan(model, judges, size, optimizer, turns, train_tokens, judge_tokens, eager, rank=0):
     """What a step needs -> list of Row. model: Shape of policy and reference; size: bytes of one of
     their numbers. judges: (Shape, bytes of a number, NF4?) of each. turns: {"attack" | "reply":
     (rows sampled at a time, prompt tokens, new tokens)}. train_tokens, judge_tokens: of a batch,
-    padding included. trained: parameters that learn (None: all)."""
-    s, n, kept = model, trained or model.weights, BYTES[optimizer, size]
+    padding included. rank: of an adapter that learns; 0: all weights do."""
+    s, n, kept = model, rank * model.ports or model.weights, BYTES[optimizer, size]
+    reference = Row("always", "reference", s.weights * size, "the same, frozen")
+    if rank:
+        reference = Row("always", "adapters", 2 * n * size, f"two of {n:,} weights x {size} bytes: "
+                        "the policy's and, at most, the reference's")
     rows = [Row("always", "policy", s.weights * size, f"{s.weights:,} weights x {size} bytes"),
-            Row("always", "reference", s.weights * size, "the same, frozen"),
+            reference,
             Row("always", f"optimizer {optimizer}", n * kept, f"{n:,} weights x {kept} bytes")]
     for j, j_size, nf4 in judges:
         need, how = j.weights * j_size, f" x {j_size} bytes"
@@ -84,7 +95,7 @@ def plan(model, judges, size, optimizer, turns, train_tokens, judge_tokens, eage
                                            count * s.vocab * (DRAW + size)),
                      "the prompts' forward pass without what they share, at most, or drawing")]
     longest = max(prompt + new for _, prompt, new in turns.values())
-    each, tokens = activation_bytes(s, size, longest, eager), max(train_tokens, longest)
+    each, tokens = activation_bytes(s, size, longest, eager, rank), max(train_tokens, longest)
     chunk, head = min(LOGPROB_CHUNK, tokens), 4 if size == 4 else 4 + size
     rows += [Row("learn", "activations", tokens * each, f"{tokens:,} tokens x {each:,} bytes, "
                  f"{'eager' if eager else 'fused'} attention, no checkpointing"),

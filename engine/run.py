@@ -371,6 +371,14 @@ def newest_checkpoint(folder):
     return max((p.parent for p in folder.glob(f"{STEP}/state.safetensors")), default=None)
 
 
+def drop_old_states(newest):
+    """Delete the optimizer's state of all steps of a run but the newest one: it is several times as
+    large as the weights, and only the newest step is gone on from."""
+    for old in newest.parent.glob(f"{STEP}/state.safetensors"):
+        if old.parent != newest:
+            old.unlink()
+
+
 def free_to_change(source):
     """STEPS, SAVE_EVERY and the constants that a script's text tags (hardware) or (display)."""
     tagged = re.findall(r"^([A-Z_0-9]+)(?::.*)? =.*\((?:hardware|display)\)", source, re.MULTILINE)

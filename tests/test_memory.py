@@ -8,7 +8,7 @@ import transformers
 from helpers import KINDS, import_stage, keep_constants, stops
 
 import judge
-from engine import memory, models, run, sampling
+from engine import adapters, memory, models, run, sampling
 from selfplay.turns import attacker_prompt, defender_prompt
 
 rl = import_stage("02_selfplay_rl")
@@ -33,6 +33,8 @@ def test_parameters_are_those_of_the_model(tiny_models, kind, tied):
     assert s.weights == packed + biases + 5 * 64 + embedding * (1 if tied else 2)
     assert (s.layers, s.hidden, s.inner, s.heads, s.kv_heads, s.head_dim, s.vocab) == (
         2, 64, 128, 4, 2, 16, config.vocab_size)
+    adapters.add_lora(model, 3, 3, 0)
+    assert 3 * s.ports == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -52,11 +54,13 @@ def test_cache_is_that_of_sampling(tiny_models, monkeypatch, dtype):
     assert there == 3 * (11 + 7) * memory.kv_bytes(s, size)
 
 
+@pytest.mark.parametrize("rank", [0, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_activations_are_those_that_autograd_keeps(tiny_models, kind, dtype):
+def test_activations_are_those_that_autograd_keeps(tiny_models, kind, dtype, rank):
     """All storages that the backward pass of a base model waits for, parameters aside."""
     model, _ = models.load_model(tiny_models[kind], dtype)
+    adapters.choose_weights(model, rank, 16, 0)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -70,7 +74,7 @@ def test_activations_are_those_that_autograd_keeps(tiny_models, kind, dtype):
     there = sum(n for at, n in kept.items() if at not in weights) / ids.numel()
     assert out.requires_grad
     s, size = memory.shape(model.config), model.dtype.itemsize
-    arithmetic = memory.activation_bytes(s, size, 48, True) - memory.kv_bytes(s, size)  # no cache
+    arithmetic = memory.activation_bytes(s, size, 48, True, rank) - memory.kv_bytes(s, size)  # no cache
     assert there == pytest.approx(arithmetic, rel=0.05)
 
 
@@ -136,11 +140,13 @@ def test_kahan_by_hand(seven):
 
 
 def test_weights_that_do_not_learn_need_no_optimizer(seven):
-    """A million that learn: 16 bytes each and 2 of gradient; the weights themselves stay."""
-    rows = by_name(planned(seven, trained=10 ** 6))
-    assert rows["always", "optimizer master"] == 16_000_000
-    assert rows["collect", "gradients"] == 2_000_000
-    assert rows["always", "policy"] == 15_231_233_024
+    """An adapter of rank 8: 16 bytes of state and 2 of gradient each. Its parameters by hand: q and
+    o 2 x 7168, k and v 2 x 4096, gate, up and down 3 x 22528, in 28 layers."""
+    rows, n = by_name(planned(seven, rank=8)), 8 * 28 * (2 * 7168 + 2 * 4096 + 3 * 22528)
+    assert rows["always", "optimizer master"] == 16 * n
+    assert rows["collect", "gradients"] == 2 * n
+    assert rows["always", "policy"] == 15_231_233_024 and ("always", "reference") not in rows
+    assert rows["always", "adapters"] == 4 * n
 
 
 def test_a_turn_longer_than_a_micro_batch_is_one(seven):
