@@ -61,6 +61,8 @@ TOP_P: Share = 1.0        # nucleus, for examples only; published: 0.9
 LR = 4e-5                 # peak; a tenth of the updates up to it, then a cosine to a tenth (ours)
 LORA_RANK: Count = 0      # 0: all weights learn; else an adapter of this rank (engine/adapters.py)
 LORA_ALPHA = 32           # its scale is alpha / rank (ours)
+BASE_QUANT: Literal["none", "nf4"] = "none"  # NF4 for the weights under an adapter, slower (ours)
+CHECKPOINTING = False     # compute activations twice, in less memory (hardware)
 EPOCHS = 3                # passes over the examples (ours)
 BATCH = 8                 # examples an update (ours)
 PROBE = 96                # sampled turns of each role before and after (ours)
@@ -76,6 +78,9 @@ PAPER = dict(MODEL="Qwen/Qwen2.5-7B-Instruct", JUDGE="allenai/wildguard",
              WARMUP_REFUSALS=0.0, BRIEF=False, REPLY_TOKENS=2048, THINK_TOKENS=1024,
              TEMPERATURE=0.6, TOP_P=0.9, LR=1e-5, BATCH=32, PROBE=256, SAMPLE_BATCH=128,
              TRAIN_TOKENS=4096, OPTIMIZER="kahan")
+GPU80 = dict(PAPER, LORA_RANK=32, LORA_ALPHA=64, LR=1e-4, OPTIMIZER="master", CHECKPOINTING=True)
+GPU48 = dict(GPU80, SAMPLE_BATCH=64)
+GPU24 = dict(GPU80, BASE_QUANT="nf4", REPLY_TOKENS=1024, THINK_TOKENS=512, SAMPLE_BATCH=24)
 # ==================================================================================================
 
 
@@ -292,7 +297,9 @@ def main(argv):
     run.doing("; the same command starts again")
     limit = judge.text_limit(REPLY_TOKENS + THINK_TOKENS)
     scorer = judge.load_judge(JUDGE, QUANTIZE, max_text=limit)
-    model, tok = models.load_model(MODEL, DTYPE)
+    if BASE_QUANT == "nf4" and not LORA_RANK:
+        die("BASE_QUANT=nf4 is for a run with an adapter: give LORA_RANK")
+    model, tok = models.load_model(MODEL, DTYPE, quantize=BASE_QUANT == "nf4")
     began = time.time()
     before = probe(model, tok, scorer, dev, "before")
     defender = defender_examples(model, tok, scorer, seeds, rng, generator)
@@ -303,6 +310,8 @@ def main(argv):
           f"attacks; {time.time() - began:.0f} s")
     show(tok, rows[0])
     adapters.choose_weights(model, LORA_RANK, LORA_ALPHA, SEED)
+    if CHECKPOINTING:
+        models.checkpoint_gradients(model)
     train(model, rows, rng)
     after = probe(model, tok, scorer, dev, "after ")
     meta = dict(run.make_meta(globals(), MODEL), inputs=inputs, before=before, after=after,

@@ -89,6 +89,8 @@ REPLY_TOKENS = 112        # longest defender turn; paper: 2048
 LR = 5e-5                 # peak; paper: 5e-7 (7B, 128 seeds)
 LORA_RANK: Count = 0      # 0: all weights learn; else an adapter of this rank (engine/adapters.py)
 LORA_ALPHA = 32           # its scale is alpha / rank (ours)
+BASE_QUANT: Literal["none", "nf4"] = "none"  # NF4 for the weights under an adapter, slower (ours)
+CHECKPOINTING: Literal["auto", "on", "off"] = "auto"  # "auto": where the plan needs it (hardware)
 HORIZON = 100             # rollouts of the cosine to a tenth of LR; published: about 312
 WARMUP: Share = 0.03      # share of HORIZON; published: 0.03
 UPDATES = 1               # optimizer steps a rollout; published: up to 6 of 32 turns
@@ -128,6 +130,12 @@ PAPER = dict(MODEL="Qwen/Qwen2.5-7B-Instruct", SFT="checkpoints/01_sft/defender.
              SEEDS_PER_STEP=128, ATTACK_TOKENS=2048, REPLY_TOKENS=2048, LR=5e-7, UPDATES=6,
              SFT_COEF=1.0, SFT_BATCH=16, SAVE_EVERY=100, EVAL_EVERY=10, EVAL_SEEDS=200,
              DECLINED_LOSES=False, SAMPLE_BATCH=64, TRAIN_TOKENS=4096, OPTIMIZER="kahan")
+# By arithmetic; nobody has run them. LR: ten times that of all weights (arXiv 2106.09685's use).
+GPU80 = dict(PAPER, LORA_RANK=32, LORA_ALPHA=64, LR=5e-6, OPTIMIZER="master", SAMPLE_BATCH=96,
+             TRAIN_TOKENS=8192)
+GPU48 = dict(GPU80, SAMPLE_BATCH=48, TRAIN_TOKENS=4096)
+GPU24 = dict(GPU80, BASE_QUANT="nf4", ATTACK_TOKENS=1024, REPLY_TOKENS=1024, SEEDS_PER_STEP=64,
+             UPDATES=3, SAMPLE_BATCH=32, TRAIN_TOKENS=2560)
 # ==================================================================================================
 
 # ---- rewards [SRT section 3] ---------------------------------------------------------------------
@@ -376,13 +384,14 @@ Run = dataclasses.make_dataclass(
 
 
 def plan_memory(source, seeds):
-    """Print what a step needs in memory; on CUDA, stop if it does not fit (engine/memory.py)."""
+    """Print what a step needs in memory (engine/memory.py); on CUDA, stop if it does not fit ->
+    are gradients to be checkpointed?"""
     policy, judges = models.peek(source), [judge.footprint(JUDGE, QUANTIZE)]
     if METHOD == "ssp" and RUBRIC_JUDGE:
         judges.append(judge.footprint(RUBRIC_JUDGE, QUANTIZE))
     if not policy or None in judges:
         print(f"memory: not planned, the config of {MODEL} or of the judge is not at hand")
-        return
+        return CHECKPOINTING == "on"
     attacked = 0 if published_ablation("defender") else round(ATTACKED * SEEDS_PER_STEP)
     evaluated = 2 * EVAL_SEEDS if EVAL_EVERY else 0  # as many plain games and attacked ones
     attacked = max(attacked, evaluated)
@@ -392,10 +401,18 @@ def plan_memory(source, seeds):
     turns = dict(reply=(min(SAMPLE_BATCH, replies), reply, REPLY_TOKENS))
     if attacked:
         turns["attack"] = (min(SAMPLE_BATCH, attacked), attack, ATTACK_TOKENS)
-    rows = memory.plan(memory.shape(policy[0]), judges, models.pick_dtype(DTYPE).itemsize,
-                       OPTIMIZER, turns, TRAIN_TOKENS, judge.JUDGE_TOKENS,
-                       eager=not torch.cuda.is_available(), rank=LORA_RANK)
-    memory.check(rows, stop=MEMORY_CHECK and not PLAN_ONLY)
+
+    def plan(checkpointing):
+        return memory.plan(memory.shape(policy[0]), judges, models.pick_dtype(DTYPE).itemsize,
+                           OPTIMIZER, turns, TRAIN_TOKENS, judge.JUDGE_TOKENS,
+                           eager=not torch.cuda.is_available(), rank=LORA_RANK,
+                           nf4=BASE_QUANT == "nf4", checkpointing=checkpointing)
+
+    checkpointing = CHECKPOINTING == "on"
+    if CHECKPOINTING == "auto":
+        checkpointing = memory.needed(plan(False))[0] > memory.free_bytes()[0]
+    memory.check(plan(checkpointing), stop=MEMORY_CHECK and not PLAN_ONLY)
+    return checkpointing
 
 
 def start():
@@ -404,7 +421,7 @@ def start():
     if MODEL == "checkpoints/01_sft" and not run.locate(f"{MODEL}/meta.json"):
         die(f"{MODEL} not found: run python 01_sft_warmup.py first")
     seeds, dev, embed = load_seeds(SEEDS, "train"), [], None
-    plan_memory(source, seeds)
+    checkpointing = plan_memory(source, seeds)
     if PLAN_ONLY:
         sys.exit(0)
     out = run.claim(globals(), CHECKPOINTS)
@@ -429,13 +446,17 @@ def start():
     scorer = judge.load_judge(JUDGE, QUANTIZE, rubric=rubric,
                               max_text=judge.text_limit(ATTACK_TOKENS, REPLY_TOKENS))
     judge.check(scorer, JUDGE_FLOOR)
-    ref, tok = models.load_model(source, DTYPE)
+    if BASE_QUANT == "nf4" and not LORA_RANK:
+        die("BASE_QUANT=nf4 is for a run with an adapter: give LORA_RANK")
+    ref, tok = models.load_model(source, DTYPE, quantize=BASE_QUANT == "nf4")
     ref.requires_grad_(False)
     if LORA_RANK:  # one set of weights in memory; a resumed adapter comes with the optimizer's state
         model = adapters.share(ref)
     else:
         model, _ = models.load_model(str(resumed or source), DTYPE)
     adapters.choose_weights(model, LORA_RANK, LORA_ALPHA, SEED)
+    if checkpointing:
+        models.checkpoint_gradients(model)
     optimizer = OPTIMIZERS[OPTIMIZER](model, (0.9, 0.95), 0.0)
     sft, pool = read_examples(sft_file, tok, SFT_KINDS, COT), ""
     if not draw_seeds(seeds, 0):

@@ -66,6 +66,7 @@ ATTACK_TOKENS = 128       # longest attacker turn, tokens (ours; --paper: 2048)
 PROMPT_TOKENS = 4096      # longest prompt: the end of a longer one is cut off, and counted (ours)
 SAMPLE_TOKENS = 32768     # generated at a time: turns x (longest prompt + answer) (hardware)
 DTYPE: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights (hardware)
+BASE_QUANT: Literal["none", "nf4"] = "none"  # NF4 for the weights of all models but the judges
 PROGRESS = True           # progress bars (display)
 SEED = 0                  # of attacks
 # ==================================================================================================
@@ -73,6 +74,9 @@ PAPER = dict(CHECKPOINTS="Qwen/Qwen2.5-7B-Instruct,Qwen/Qwen2.5-7B-Instruct@turn
                          "checkpoints/01_sft,checkpoints/02_rl",
              BASE="Qwen/Qwen2.5-7B-Instruct", JUDGE="allenai/wildguard", EVAL_TOKENS=2048,
              ATTACK_TOKENS=2048, SAMPLE_TOKENS=262144)
+GPU80 = dict(PAPER)
+GPU48 = dict(PAPER, SAMPLE_TOKENS=131072)
+GPU24 = dict(PAPER, BASE_QUANT="nf4", EVAL_TOKENS=1024, ATTACK_TOKENS=1024, SAMPLE_TOKENS=65536)
 SHOWN = ("attacker_system.txt", "attacker_harmful.txt", "defender.txt", "format_cot.txt",
          "format_plain.txt")  # prompts that the models see here
 
@@ -113,7 +117,7 @@ def find_judge(name):
 def check_folder(folder, checkpoint, base, digests):
     """Stop if `folder` has answers made otherwise or to other prompts ({name: digest}) -> what its
     meta.json has to say about its answers; None where it says so already."""
-    fixed = dict(EVAL_TOKENS=EVAL_TOKENS, ATTACK_TOKENS=ATTACK_TOKENS, SEED=SEED, DTYPE=DTYPE,
+    fixed = dict(EVAL_TOKENS=EVAL_TOKENS, ATTACK_TOKENS=ATTACK_TOKENS, SEED=SEED, DTYPE=DTYPE, BASE_QUANT=BASE_QUANT,
                  PROMPT_TOKENS=PROMPT_TOKENS, FORMAT=checkpoint.style, COT=checkpoint.cot,
                  checkpoint=checkpoint.digest, base=base.digest, base_format=base.style,
                  prompts=sha(*map(read_prompt, SHOWN)), **digests)
@@ -166,7 +170,7 @@ def generate_all(jobs, folders, prompts, tasks):
         if job.defender != holder:
             loaded, holder = None, job.defender  # the next model has the memory to itself
             gc.collect()
-            loaded = models.load_model(holder.path, DTYPE)
+            loaded = models.load_model(holder.path, DTYPE, quantize=BASE_QUANT == "nf4")
         if job.benchmark in tasks:
             capability.ask(*loaded, path, items)
         else:

@@ -341,8 +341,9 @@ def fingerprint(name):
     """A digest that changes with a judge's weights, calibration or prompt; "" for no name."""
     if not name:
         return ""
-    parts = ["clean() 2", models.fingerprint(str(adapter_of(name) or name)),
-             read_prompt("judge_wildguard.txt")]
+    adapter = adapter_of(name)
+    weights = models.folder_digest(adapter) if adapter else models.fingerprint(name)
+    parts = ["clean() 2", weights, read_prompt("judge_wildguard.txt")]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

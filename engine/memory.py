@@ -55,38 +55,46 @@ def pass_bytes(s, size):
     return (3 * s.inner + 2 * s.hidden) * size
 
 
-def activation_bytes(s, size, row, eager, rank=0):
+def activation_bytes(s, size, row, eager, rank=0, checkpointing=False):
     """What autograd keeps of one position in a row of `row`; rank: of an adapter, 0: none. Norms:
     input in float32, normalized, output. Attention: query, key, value (one for each query head),
     output, cache; if eager, all probabilities in float32 and `size`, else the mask. Feed-forward
-    part: four inner widths. Adapter: what its seven first matrices give."""
+    part: four inner widths. Adapter: what its seven first matrices give. checkpointing: the input
+    of each layer, and all of one layer at a time."""
     norm = (4 + (1 if rank else 2) * size) * s.hidden  # for its own weight, if that learns
     scores = s.heads * row * (4 if size == 4 else 4 + size) if eager else row * size + 4 * s.heads
     layer = 2 * norm + 4 * s.heads * s.head_dim * size + 4 * s.inner * size + scores
     layer += 7 * rank * size if rank else 0
+    if checkpointing:
+        return s.layers * s.hidden * size + layer + norm
     return s.layers * layer + norm + kv_bytes(s, size)
 
 
-def plan(model, judges, size, optimizer, turns, train_tokens, judge_tokens, eager, rank=0):
+def weight_bytes(s, size, nf4):
+    """(bytes, the arithmetic) of a model's weights; nf4: those of linear layers are in NF4."""
+    if nf4:
+        need = int(NF4 * s.packed) + (s.weights - s.packed) * size
+        return need, f"{s.weights:,} weights, {s.packed:,} of them in NF4"
+    return s.weights * size, f"{s.weights:,} weights x {size} bytes"
+
+
+def plan(model, judges, size, optimizer, turns, train_tokens, judge_tokens, eager, rank=0,
+         nf4=False, checkpointing=False):
     """What a step needs -> list of Row. model: Shape of policy and reference; size: bytes of one of
     their numbers. judges: (Shape, bytes of a number, NF4?) of each. turns: {"attack" | "reply":
     (rows sampled at a time, prompt tokens, new tokens)}. train_tokens, judge_tokens: of a batch,
-    padding included. rank: of an adapter that learns; 0: all weights do."""
+    padding included. rank: of an adapter that learns; 0: all weights do. nf4: are the policy's
+    other weights in NF4? checkpointing: as in activation_bytes()."""
     s, n, kept = model, rank * model.ports or model.weights, BYTES[optimizer, size]
     reference = Row("always", "reference", s.weights * size, "the same, frozen")
     if rank:
         reference = Row("always", "adapters", 2 * n * size, f"two of {n:,} weights x {size} bytes: "
                         "the policy's and, at most, the reference's")
-    rows = [Row("always", "policy", s.weights * size, f"{s.weights:,} weights x {size} bytes"),
-            reference,
+    rows = [Row("always", "policy", *weight_bytes(s, size, nf4)), reference,
             Row("always", f"optimizer {optimizer}", n * kept, f"{n:,} weights x {kept} bytes")]
-    for j, j_size, nf4 in judges:
-        need, how = j.weights * j_size, f" x {j_size} bytes"
-        if nf4:
-            need = int(NF4 * j.packed) + (j.weights - j.packed) * j_size
-            how = f", {j.packed:,} of them in NF4"
+    for j, j_size, packed in judges:
         work = judge_tokens * (kv_bytes(j, j_size) + pass_bytes(j, j_size))
-        rows += [Row("always", "judge", need, f"{j.weights:,} weights{how}"),
+        rows += [Row("always", "judge", *weight_bytes(j, j_size, packed)),
                  Row("judge", "cache and one pass", work, f"{judge_tokens:,} tokens")]
     for name, (count, prompt, new) in turns.items():
         rows += [Row(name, "key/value cache", count * (prompt + new) * kv_bytes(s, size),
@@ -95,14 +103,17 @@ def plan(model, judges, size, optimizer, turns, train_tokens, judge_tokens, eage
                                            count * s.vocab * (DRAW + size)),
                      "the prompts' forward pass without what they share, at most, or drawing")]
     longest = max(prompt + new for _, prompt, new in turns.values())
-    each, tokens = activation_bytes(s, size, longest, eager, rank), max(train_tokens, longest)
+    each = activation_bytes(s, size, longest, eager, rank, checkpointing)
+    tokens = max(train_tokens, longest)
     chunk, head = min(LOGPROB_CHUNK, tokens), 4 if size == 4 else 4 + size
     rows += [Row("learn", "activations", tokens * each, f"{tokens:,} tokens x {each:,} bytes, "
-                 f"{'eager' if eager else 'fused'} attention, no checkpointing"),
+                 f"{'eager' if eager else 'fused'} attention, "
+                 f"{'' if checkpointing else 'no '}checkpointing"),
              Row("learn", "logits", chunk * s.vocab * (LOGITS + size),
-                 f"{chunk} tokens x {s.vocab:,} words x {LOGITS + size} bytes"),
-             Row("learn", "gradient of the head", s.vocab * s.hidden * head,
-                 f"{s.vocab:,} words x {s.hidden:,} x {head} bytes, summed in float32")]
+                 f"{chunk} tokens x {s.vocab:,} words x {LOGITS + size} bytes")]
+    if not rank:
+        rows.append(Row("learn", "gradient of the head", s.vocab * s.hidden * head,
+                        f"{s.vocab:,} words x {s.hidden:,} x {head} bytes, summed in float32"))
     # float32 sums take the gradients after each micro-batch; else they stay while others are made
     return rows + [Row("collect" if optimizer == "master" else "learn", "gradients", n * size,
                        f"{n:,} weights x {size} bytes")]
@@ -125,18 +136,23 @@ def free_bytes():
     return psutil.virtual_memory().available, "the CPU"
 
 
+def needed(rows):
+    """Rows -> (bytes at the peak, its phase) on this machine."""
+    need, phase = peak(rows)
+    return need * (1.0 if torch.cuda.is_available() else ON_CPU), phase
+
+
 def check(rows, stop):
     """Print a plan against what is free. stop: on CUDA, end the run where it does not fit."""
     cuda = torch.cuda.is_available()
-    (need, phase), (free, where) = peak(rows), free_bytes()
-    need *= 1.0 if cuda else ON_CPU
+    (need, phase), (free, where) = needed(rows), free_bytes()
     for r in rows:
         print(f"  {r.phase:8s}{r.name:22s}{r.bytes / GB:8.2f} GB  {r.how}")
     times = "" if cuda else f", x {ON_CPU} on a CPU"
     print(f"memory: {need / GB:.1f} GB at the peak (always + {phase}{times}), "
           f"{free / GB:.1f} GB free on {where}")
     advice = ("give a smaller TRAIN_TOKENS and SAMPLE_BATCH (slower, the same update), "
-              "OPTIMIZER=kahan, QUANTIZE=nf4, shorter turns, or a smaller MODEL")
+              "LORA_RANK=32, CHECKPOINTING=on, QUANTIZE=nf4, shorter turns, or a smaller MODEL")
     if need > free and cuda and stop:
         die(f"will not fit ({need / GB:.1f} GB of {free / GB:.1f} GB free): {advice}; or "
             "MEMORY_CHECK=false to try it as it is")

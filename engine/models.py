@@ -78,6 +78,9 @@ def load_model(name, dtype="auto", quantize=False, frozen=False):
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **extra)
         model = (model if quantize else model.to(device())).eval()
+        for module in model.modules() if quantize and not frozen else ():
+            # on some CPUs bitsandbytes packs NF4 weights anew, and then they have no gradient
+            module.support_avx512bf16_for_cpu = False
         tok.turn_end, tok.stop_ids = _stops(model, tok)
         wrong = _wrong(model, tok, loading)
     except Exception as problem:  # damaged files raise a dozen unrelated types in there
@@ -89,6 +92,19 @@ def load_model(name, dtype="auto", quantize=False, frozen=False):
         if getattr(model.config, field, plain) not in (plain, None):
             die(f"model {name!r} changes its logits after the head ({field}): not supported")
     return model, tok
+
+
+def checkpoint_gradients(model):
+    """Let a model that learns keep the input of each layer alone and compute the rest again: slower
+    by a third, in a fraction of the memory. The library does so in train() mode, where it also
+    drops caches (shared_opening); dropout is taken out, so that nothing else changes."""
+    model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if getattr(module, "attention_dropout", 0.0):
+            module.attention_dropout = 0.0
+    model.train()
 
 
 def _wrong(model, tok, loading):
@@ -137,16 +153,21 @@ def peek(name):
 
 
 def fingerprint(name):
-    """What a model's answers depend on, in a word. Of a folder or "smollm2": SHA-256 of weights,
-    configs, tokenizer, chat template and calibration. Of a hub id: its commit."""
+    """What a model's answers depend on, in a word. Of a folder or "smollm2": folder_digest(), of an
+    adapter with that of its base. Of a hub id: its commit."""
     folder = unpack_embedded() if name == EMBEDDED else Path(name)
     if not folder.is_dir():
         return check_hub(name)
     base = fingerprint(base_of(folder)) if adapters.is_adapter(folder) else ""
+    return folder_digest(folder) + base
+
+
+def folder_digest(folder):
+    """SHA-256 of a folder's weights, configs, tokenizer, chat template and calibration."""
     files, others = [], ("state.safetensors", "meta.json", "scores.json")
     for ending in ("safetensors", "json", "jinja"):
         files += [p for p in folder.glob(f"*.{ending}") if p.name not in others]
-    return file_digest(*files) + base
+    return file_digest(*files)
 
 
 def base_of(folder):

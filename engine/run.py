@@ -36,6 +36,7 @@ TRUTH = {"true": True, "1": True, "false": False, "0": False}
 Share = typing.Annotated[float, "from 0 to 1"]
 Count = typing.Annotated[int, "0 or more"]
 STEP = "step_" + "[0-9]" * 6  # glob pattern of the folder that 02 saves a step in
+RECIPES = {"--paper": "PAPER", "--gpu80": "GPU80", "--gpu48": "GPU48", "--gpu24": "GPU24"}
 _doing, _locks = "", {}
 
 
@@ -207,8 +208,8 @@ def constants(scope):
 
 
 def configure(scope, argv, title=None):
-    """Apply `--paper` (the block scope["PAPER"]) and `NAME=value` words to the constants of a
-    script (`scope`: its globals()). `--help` prints the docstring and the block. PROGRESS=false
+    """Apply a recipe, such as `--paper` or `--gpu24` (the block scope["PAPER"], scope["GPU24"]),
+    and then `NAME=value` words to the constants of a script (`scope`: its globals()). `--help` prints the docstring and the block. PROGRESS=false
     switches the progress bars off. Any mistake ends with one line and exit code 1. title: a
     function whose text is the first line of the run, before what was overridden."""
     script, defaults = Path(scope["__file__"]), constants(scope)
@@ -217,13 +218,15 @@ def configure(scope, argv, title=None):
         print(f"{scope['__doc__'].strip()}\n\n{block.strip()}")
         sys.exit(0)
     said = []
-    if "--paper" in argv:
-        if not scope.get("PAPER"):
-            die(f"{script.name} has no --paper block")
-        scope.update(scope["PAPER"])
-        said.append("--paper: " + ", ".join(f"{k}={v}" for k, v in scope["PAPER"].items()))
     for word in argv:
-        if word == "--paper":
+        if word in RECIPES:
+            block = scope.get(RECIPES[word])
+            if not block:
+                die(f"{script.name} has no {word} block")
+            scope.update(block)
+            said.append(f"{word}: " + ", ".join(f"{k}={v}" for k, v in block.items()))
+    for word in argv:
+        if word in RECIPES:
             continue
         name, equals, text = word.partition("=")
         if not equals or name not in defaults:

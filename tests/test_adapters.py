@@ -10,6 +10,7 @@ from helpers import KINDS, SMALL, import_stage, keep_constants, stops
 from safetensors.torch import load_file
 
 from engine import adapters, merge, models
+from engine.logprobs import token_logprobs
 from engine.optim import MasterAdamW
 
 IDS = torch.arange(3, 19)[None]
@@ -207,3 +208,56 @@ def test_merge_makes_an_ordinary_model(loaded, tiny_models, tmp_path):
     assert "exists" in stops(merge.main, [str(tmp_path / "a"), str(tmp_path / "out")])
     assert "adapter_config.json" in stops(merge.main, [tiny_models["qwen2"], str(tmp_path / "x")])
     assert "usage" in stops(merge.main, ["x"])
+
+
+# ---- less memory ---------------------------------------------------------------------------------
+
+def token_gradients(model, prompts, completions):
+    """Log-probabilities, and the gradient of their sum, of each adapter weight."""
+    logp, _ = token_logprobs(model, prompts, completions)
+    logp.sum().backward()
+    return [logp.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_changes_nothing(tiny_models, kind, quantize):
+    """With an adapter, over bfloat16 and over NF4 weights: the same log-probabilities and gradients
+    (a shared opening is computed once without checkpointing, so up to rounding)."""
+    prompts, out = [[5, 6, 7, 8, 9], [5, 6, 7, 11]], []
+    for checkpointing in (False, True):
+        model, _ = models.load_model(tiny_models[kind], "float32", quantize=quantize)
+        model = with_lora(model)
+        assert sum(p.requires_grad for p in model.parameters()) == 28
+        if checkpointing:
+            models.checkpoint_gradients(model)
+            assert model.training and model.is_gradient_checkpointing
+        out.append(token_gradients(model, prompts, [[12, 13, 14], [15]]))
+    for a, b in zip(*out):
+        tolerance = 0.03 * float(a.abs().max()) if quantize else 1e-5  # NF4 computes in bfloat16
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=tolerance)
+
+
+def test_nf4_weights_are_shared_too(tiny_models):
+    model, _ = models.load_model(tiny_models["llama"], "float32", quantize=True)
+    policy = adapters.share(model)
+    adapters.choose_weights(policy, 2, 4, 0)
+    plain = dict(model.named_parameters())
+    for name, p in policy.named_parameters():
+        if "lora_" not in name:
+            assert p.data_ptr() == plain[name.replace(".base_layer", "")].data_ptr(), name
+    assert torch.equal(policy(IDS).logits, model(IDS).logits)
+
+
+def test_self_play_on_nf4_with_checkpointing(chain, workplace, capsys):
+    sft, rl = chain
+    sft("BASE_QUANT=nf4", "CHECKPOINTING=true")
+    rl("BASE_QUANT=nf4", "CHECKPOINTING=on", "RUN=a", "STEPS=2", "UPDATES=2")
+    rl("BASE_QUANT=nf4", "CHECKPOINTING=on", "RUN=b", "STEPS=1", "UPDATES=2")
+    rl("BASE_QUANT=nf4", "CHECKPOINTING=on", "RUN=b", "STEPS=2", "UPDATES=2")
+    out = capsys.readouterr().out
+    assert "fused attention, checkpointing" in out or "eager attention, checkpointing" in out
+    folders = [workplace / "checkpoints" / name / "step_000002" for name in "ab"]
+    for name, x in adapter_of(folders[0]).items():
+        assert torch.equal(x, adapter_of(folders[1])[name])
+    assert "LORA_RANK" in stops(rl, "BASE_QUANT=nf4", "LORA_RANK=0", "RUN=c")

@@ -149,7 +149,7 @@ class World:
     def __init__(self, tok):
         self.tok, self.loads, self.batches, self.judges = tok, [], [], weakref.WeakSet()
 
-    def load_model(self, path, dtype):
+    def load_model(self, path, dtype, quantize=False):
         self.loads.append(Path(path).name)
         config = types.SimpleNamespace(max_position_embeddings=4096)
         return types.SimpleNamespace(name=Path(path).name, config=config), self.tok

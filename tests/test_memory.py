@@ -165,6 +165,53 @@ def test_the_paper_block_fits_into_141_gb(seven):
     assert 100 * memory.GB < need < 131 * memory.GB  # an H200 has 141e9 bytes
 
 
+@pytest.mark.parametrize("name, gb", [("GPU24", 22.5), ("GPU48", 45.0), ("GPU80", 76.0)])
+def test_the_recipes_fit_into_their_cards(seven, name, gb):
+    """By arithmetic, WildGuard in NF4 included. Prompts of 200 tokens before the attack."""
+    c = dict(vars(rl), **getattr(rl, name))
+    turns = dict(attack=(c["SAMPLE_BATCH"], 300, c["ATTACK_TOKENS"]),
+                 reply=(c["SAMPLE_BATCH"], 200 + c["ATTACK_TOKENS"], c["REPLY_TOKENS"]))
+    need, _ = memory.peak(planned(seven, c["OPTIMIZER"], turns, c["TRAIN_TOKENS"],
+                                  rank=c["LORA_RANK"], nf4=c["BASE_QUANT"] == "nf4",
+                                  checkpointing=True))
+    assert 0.6 * gb * memory.GB < need < gb * memory.GB
+
+
+def test_nf4_and_checkpointing_by_hand(seven):
+    """NF4: .5625 bytes of 6.5e9 packed weights, 2 of the rest. Checkpointing: 28 inputs of 3,584
+    numbers a token, and one layer."""
+    rows = by_name(planned(seven, rank=32, nf4=True, checkpointing=True))
+    packed = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+    assert rows["always", "policy"] == int(0.5625 * packed) + 2 * (7_615_616_512 - packed)
+    plain = by_name(planned(seven, rank=32))
+    assert rows["learn", "activations"] < plain["learn", "activations"] / 8
+    assert rows["learn", "activations"] > 4096 * 28 * 3584 * 2
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_checkpointing_keeps_what_the_plan_says(tiny_models, rank):
+    """The inputs of the layers are kept between the two passes; one layer's rest comes later."""
+    model, _ = models.load_model(tiny_models["llama"], "float32")
+    adapters.choose_weights(model, rank, 16, 0)
+    models.checkpoint_gradients(model)
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t.detach()
+
+    ids = torch.arange(4 * 48).view(4, 48)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model.base_model(input_ids=ids).last_hidden_state.sum()
+    there = sum(n for at, n in kept.items() if at not in weights) / ids.numel()
+    s = memory.shape(model.config)
+    one = memory.activation_bytes(s, 4, 48, True, rank, True)
+    layer = memory.activation_bytes(s._replace(layers=1), 4, 48, True, rank)
+    assert there < one and one < memory.activation_bytes(s, 4, 48, True, rank)
+    assert one == pytest.approx(s.layers * s.hidden * 4 + layer - memory.kv_bytes(
+        s._replace(layers=1), 4))
+
+
 # ---- what 02 plans -------------------------------------------------------------------------------
 
 @pytest.fixture

@@ -200,14 +200,15 @@ def test_constants_of_every_script(name, capsys, monkeypatch):
     names = set(run.constants(scope))
     run.configure(scope, [])
     assert run.constants(scope) == run.constants(vars(module))
-    if scope.get("PAPER"):
-        run.configure(scope, ["--paper"])
-        assert set(scope["PAPER"]) <= names
+    for flag, block in run.RECIPES.items():
+        if block in scope:
+            run.configure(scope, [flag])
+            assert set(scope[block]) <= names
     capsys.readouterr()
     with pytest.raises(SystemExit):
         run.configure(scope, ["--help"])
     shown = re.findall(r"^([A-Z][A-Z_0-9]*)(?:: .*)? = ", capsys.readouterr().out, re.MULTILINE)
-    assert set(shown) - {"PAPER"} == names
+    assert set(shown) - set(run.RECIPES.values()) == names
 
 
 # ---- meta.json -----------------------------------------------------------------------------------
