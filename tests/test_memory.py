@@ -355,3 +355,27 @@ def test_plan_only_prints_the_plan_and_loads_nothing(here, capsys, monkeypatch, 
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("memory: ") and any(" activations " in x for x in lines)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_readme_has_the_arithmetic(seven):
+    """Each row of README's table of recipes, for four sizes of Qwen2.5."""
+    sizes = {"0.5B": (896, 4864, 24, 14, 2), "1.5B": (1536, 8960, 28, 12, 2),
+             "3B": (2048, 11008, 36, 16, 2)}
+    shapes = {"7B": seven[0]}
+    for name, (hidden, inner, layers, heads, kv_heads) in sizes.items():
+        shapes[name] = memory.shape(transformers.Qwen2Config(
+            vocab_size=151936, hidden_size=hidden, intermediate_size=inner,
+            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+            tie_word_embeddings=True))
+    text = (run.ROOT / "README.md").read_text(encoding="utf-8")
+    for flag, block in run.RECIPES.items():
+        c, want = dict(vars(rl), **getattr(rl, block)), []
+        turns = dict(attack=(c["SAMPLE_BATCH"], 300, c["ATTACK_TOKENS"]),
+                     reply=(c["SAMPLE_BATCH"], 200 + c["ATTACK_TOKENS"], c["REPLY_TOKENS"]))
+        for name in ("7B", "3B", "1.5B", "0.5B"):
+            rows = memory.plan(shapes[name], [(seven[1], 2, True)], 2, c["OPTIMIZER"], turns,
+                               c["TRAIN_TOKENS"], 8192, False, c["LORA_RANK"],
+                               c["BASE_QUANT"] == "nf4", c["LORA_RANK"] > 0)
+            want.append(f"{memory.peak(rows)[0] / memory.GB:.0f}")
+        [row] = [line for line in text.splitlines() if line.startswith(f"| `{flag}` |")]
+        assert [cell.strip() for cell in row.split("|")[3:7]] == want
