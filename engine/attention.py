@@ -1,5 +1,6 @@
-"""Attention for training on a CPU, where the library's ways are slow: "eager" copies keys and
-values for each query head of a group, and the fused kernel is slow backwards."""
+"""Attention on a CPU, where the library's ways are slow to learn with: "eager" copies keys and
+values for each query head of a group, and the fused kernel is slow backwards. One update of the
+judge's training (16 rows of 316 tokens, one thread): 9.4 s eager, 8.5 s folded."""
 import torch
 
 

@@ -57,13 +57,14 @@ def pass_bytes(s, size):
 
 def activation_bytes(s, size, row, eager, rank=0, checkpointing=False):
     """What autograd keeps of one position in a row of `row`; rank: of an adapter, 0: none. Norms:
-    input in float32, normalized, output. Attention: query, key, value (one for each query head),
-    output, cache; if eager, all probabilities in float32 and `size`, else the mask. Feed-forward
-    part: four inner widths. Adapter: what its seven first matrices give. checkpointing: the input
-    of each layer, and all of one layer at a time."""
+    input in float32, normalized, output. Attention: query, key, value (fused: one for each query
+    head), output, cache; if eager, all probabilities in float32 and `size`, else the mask.
+    Feed-forward part: four inner widths. Adapter: what its seven first matrices give.
+    checkpointing: the input of each layer, and all of one layer at a time."""
     norm = (4 + (1 if rank else 2) * size) * s.hidden  # for its own weight, if that learns
     scores = s.heads * row * (4 if size == 4 else 4 + size) if eager else row * size + 4 * s.heads
-    layer = 2 * norm + 4 * s.heads * s.head_dim * size + 4 * s.inner * size + scores
+    heads = 2 * s.heads + 2 * (s.kv_heads if eager else s.heads)  # engine/attention.py; fused
+    layer = 2 * norm + heads * s.head_dim * size + 4 * s.inner * size + scores
     layer += 7 * rank * size if rank else 0
     if checkpointing:
         return s.layers * s.hidden * size + layer + norm

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from engine import adapters
+from engine import adapters, attention
 from engine.run import (CHECKPOINTS, die, drop_old_states, explain, file_digest, locate,
                         read_json, replace_folder, short)
 
@@ -60,9 +60,8 @@ def load_model(name, dtype="auto", quantize=False, frozen=False):
         model, tok = load_model(base_of(path), dtype, quantize, frozen)
         adapters.attach(model, Path(path), read_tensors)
         return model, tok
-    # The fused kernel is slow backwards on a CPU (SmolLM2, 2 cores: 690 tokens/s eager, 480 fused).
     extra = dict(dtype=pick_dtype(dtype, frozen or quantize), use_safetensors=True,
-                 attn_implementation="sdpa" if torch.cuda.is_available() else "eager")
+                 attn_implementation="sdpa" if torch.cuda.is_available() else attention.register())
     if quantize:
         compute = pick_dtype("auto" if torch.cuda.is_available() else "bfloat16", frozen=True)
         extra["quantization_config"] = transformers.BitsAndBytesConfig(

@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import adapters, attention, models, progress, run
+from engine import adapters, models, progress, run
 from engine.batching import chunks, micro_batches, pad, shared_opening
 from engine.optim import MasterAdamW
 from engine.run import Share
@@ -262,8 +262,6 @@ def train_adapter(rows):
     """A LoRA on the embedded model -> judge_adapter/."""
     from peft import LoraConfig
     model, tok = models.load_model(models.EMBEDDED)
-    if model.device.type == "cpu":
-        model.set_attn_implementation(attention.register())
     depth = model.config.num_hidden_layers
     if FIRST_LAYER >= depth:
         run.die(f"FIRST_LAYER={FIRST_LAYER}: the model has {depth} layers, from 0 on")
