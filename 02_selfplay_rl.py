@@ -450,7 +450,7 @@ def start():
         die("BASE_QUANT=nf4 is for a run with an adapter: give LORA_RANK")
     ref, tok = models.load_model(source, DTYPE, quantize=BASE_QUANT == "nf4")
     ref.requires_grad_(False)
-    if LORA_RANK:  # one set of weights in memory; a resumed adapter comes with the optimizer's state
+    if LORA_RANK:  # one set of weights; a resumed adapter comes with the optimizer's state
         model = adapters.share(ref)
     else:
         model, _ = models.load_model(str(resumed or source), DTYPE)

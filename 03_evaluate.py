@@ -117,8 +117,9 @@ def find_judge(name):
 def check_folder(folder, checkpoint, base, digests):
     """Stop if `folder` has answers made otherwise or to other prompts ({name: digest}) -> what its
     meta.json has to say about its answers; None where it says so already."""
-    fixed = dict(EVAL_TOKENS=EVAL_TOKENS, ATTACK_TOKENS=ATTACK_TOKENS, SEED=SEED, DTYPE=DTYPE, BASE_QUANT=BASE_QUANT,
-                 PROMPT_TOKENS=PROMPT_TOKENS, FORMAT=checkpoint.style, COT=checkpoint.cot,
+    fixed = dict(EVAL_TOKENS=EVAL_TOKENS, ATTACK_TOKENS=ATTACK_TOKENS, SEED=SEED, DTYPE=DTYPE,
+                 BASE_QUANT=BASE_QUANT, PROMPT_TOKENS=PROMPT_TOKENS, FORMAT=checkpoint.style,
+                 COT=checkpoint.cot,
                  checkpoint=checkpoint.digest, base=base.digest, base_format=base.style,
                  prompts=sha(*map(read_prompt, SHOWN)), **digests)
     file = folder / "meta.json"

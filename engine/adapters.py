@@ -76,8 +76,8 @@ def choose_weights(model, rank, alpha, seed):
     rank, or a new one."""
     own = model.peft_config["default"].r if has_adapter(model) else 0
     if own and own != rank:
-        die(f"MODEL is an adapter of rank {own}: give LORA_RANK={own}, or make an ordinary model of "
-            "it (python -m engine.merge)")
+        die(f"MODEL is an adapter of rank {own}: give LORA_RANK={own}, or make an ordinary model "
+            "of it (python -m engine.merge)")
     if rank and not own:
         add_lora(model, rank, alpha, seed)
     for name, p in model.named_parameters():

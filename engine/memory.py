@@ -21,8 +21,8 @@ ON_CPU = 1.5        # 02 with its defaults on 2 cores, 100 steps: 9.9 GB measure
 DRAW = 20           # bytes of a logit when a token is drawn, besides itself: 3 float32, 1 float64
 Row = namedtuple("Row", "phase name bytes how")  # of the plan; how: the arithmetic in words
 # What counts of a model. weights: parameters, tied ones once; packed: those that NF4 packs (of
-# linear layers, not of the head); ports: inputs and outputs of those layers, which is what an adapter
-# of rank 1 has; inner: width of the feed-forward layer.
+# linear layers, not of the head); ports: inputs and outputs of those layers, which is what an
+# adapter of rank 1 has; inner: width of the feed-forward layer.
 Shape = namedtuple("Shape", "weights packed ports layers hidden inner heads kv_heads head_dim "
                    "vocab")
 
@@ -40,7 +40,8 @@ def shape(config):
             ports += m.in_features + m.out_features
     heads, hidden = config.num_attention_heads, config.hidden_size
     return Shape(sum(p.numel() for p in model.parameters()), packed, ports,
-                 config.num_hidden_layers, hidden, getattr(config, "intermediate_size", 4 * hidden), heads,
+                 config.num_hidden_layers, hidden,
+                 getattr(config, "intermediate_size", 4 * hidden), heads,
                  getattr(config, "num_key_value_heads", None) or heads,
                  getattr(config, "head_dim", None) or hidden // heads, head.weight.shape[0])
 

@@ -209,9 +209,10 @@ def constants(scope):
 
 def configure(scope, argv, title=None):
     """Apply a recipe, such as `--paper` or `--gpu24` (the block scope["PAPER"], scope["GPU24"]),
-    and then `NAME=value` words to the constants of a script (`scope`: its globals()). `--help` prints the docstring and the block. PROGRESS=false
-    switches the progress bars off. Any mistake ends with one line and exit code 1. title: a
-    function whose text is the first line of the run, before what was overridden."""
+    and then `NAME=value` words to the constants of a script (`scope`: its globals()). `--help`
+    prints the docstring and the block. PROGRESS=false switches the progress bars off. Any mistake
+    ends with one line and exit code 1. title: a function whose text is the first line of the run,
+    before what was overridden."""
     script, defaults = Path(scope["__file__"]), constants(scope)
     if "--help" in argv or "-h" in argv:
         block = script.read_text(encoding="utf-8").split(RULER)[1]

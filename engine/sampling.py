@@ -7,6 +7,9 @@ import torch
 from engine import progress
 from engine.batching import chunks, pad, shared_opening
 
+# Tokens between two looks at which rows have ended: on a GPU each look waits for the device.
+LOOK_EVERY = dict(cpu=1, cuda=8)
+
 
 def _kv_cache(model, capacity):
     """A key/value cache with room for `capacity` positions: a token costs one write, not a copy."""
@@ -95,7 +98,7 @@ def sample(model, tok, prompts, max_new, temperature, batch, generator=None, top
     examples only, never for the game: token_logprobs knows the whole distribution alone."""
     assert 0 < top_p <= 1, top_p
     before, training = model.config._attn_implementation, model.training
-    if before in ("sdpa", "eager"):
+    if before in ("sdpa", "eager", "folded"):
         model.set_attn_implementation(_grouped_attention())
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     out = [None] * len(prompts)
@@ -132,7 +135,7 @@ def _decode(model, tok, prompts, max_new, temperature, generator, bar, top_p):
     where, B = model.device, len(prompts)
     uniform_BT = torch.rand(B, max_new, generator=generator, dtype=torch.float64).to(where)
     length_B = torch.tensor(list(map(len, prompts)), device=where)
-    P = int(length_B.max())
+    P = max(map(len, prompts))
     shared, cache = shared_opening(model, prompts, _kv_cache(model, P + max_new))
     ids_BP, rest_B = pad([p[shared:] for p in prompts], where)
     base, head = model.base_model, model.get_output_embeddings()
@@ -146,15 +149,18 @@ def _decode(model, tok, prompts, max_new, temperature, generator, bar, top_p):
     logp_BT = torch.zeros_like(uniform_BT, dtype=torch.float32)
     count_B = torch.full((B,), max_new, device=where)
     done, alive = torch.zeros(B, dtype=torch.bool, device=where), B
+    every = LOOK_EVERY.get(where.type, 8)
     for t in range(max_new):
         if top_p < 1:
             logits_BV = nucleus(logits_BV, temperature, top_p)
         token, logp = draw(logits_BV, temperature, uniform_BT[row_of, t])
         token_BT[row_of, t], logp_BT[row_of, t] = token, logp
         ended = torch.isin(token, stops) & ~done
-        count_B[row_of[ended]] = t + 1
+        count_B[row_of] = torch.where(ended, t + 1, count_B[row_of])
         done = done | ended
-        live = int((~done).sum())
+        live = alive
+        if (t + 1) % every == 0 or t + 1 == max_new:
+            live = int((~done).sum())
         bar.update(alive)
         bar.total -= (alive - live) * (max_new - t - 1)  # tokens that will not be needed
         alive = live

@@ -34,8 +34,9 @@ def find_checkpoint(name, style, base_style):
         commit = models.check_hub(name)  # stops by itself
         return Checkpoint(Path(name).name, name, base_style, True, sha(name, commit))
     def whole(folder):
-        model = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
-        return model or (folder / adapters.CONFIG).is_file() and (folder / adapters.WEIGHTS).is_file()
+        if adapters.is_adapter(folder):
+            return (folder / adapters.WEIGHTS).is_file()
+        return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
 
     if path and not (path / "config.json").is_file() and not adapters.is_adapter(path):
         newest = max(path.glob(f"{STEP}/meta.json"), default=None)  # not of a .tmp folder

@@ -193,7 +193,7 @@ def test_what_fails_leaves_the_model_as_it_was(loaded, monkeypatch, training):
     monkeypatch.setattr(sampling, "_decode", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         sample(model, tok, [[5, 6]], 4, 1.0, 1)
-    assert model.config._attn_implementation == "eager" and model.training == training
+    assert model.config._attn_implementation == "folded" and model.training == training
 
 
 def test_sampling_under_gradient_checkpointing(loaded):
@@ -212,7 +212,7 @@ def test_sampled_logps_equal_token_logprobs(loaded, kind, temperature):
     tok = frequent_stops(tok)
     prompts = ragged_prompts(tok, 24, seed=3)
     pairs = sample(model, tok, prompts, 40, temperature, 12, seeded(2))
-    assert model.config._attn_implementation == "eager"  # as it was loaded
+    assert model.config._attn_implementation == "folded"  # as it was loaded
     lengths = [len(ids) for ids, _ in pairs]
     assert min(lengths) < 5 and max(lengths) > 15 and len(set(lengths)) > 8
     assert all(len(ids) == len(logps) for ids, logps in pairs)
@@ -407,3 +407,24 @@ def test_the_cache_has_room_and_never_copies(loaded):
     assert [layer.all_keys.data_ptr() for layer in cache.layers] == places
     assert all(layer.keys.shape == (1, 2, 4, 16) for layer in cache.layers)
     assert cache.get_seq_length() == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_look_in_eight_tokens_gives_the_same(loaded, monkeypatch, kind):
+    """As on a GPU: rows that have ended go on until the next look, and nothing of it is kept. In a
+    token step nothing waits for the device, so there are two looks in 16 tokens, not 16."""
+    model, tok = loaded[kind][0], copy.copy(loaded[kind][1])
+    tok.stop_ids = set(range(0, 800, 9))  # a turn ends after about nine tokens
+    prompts, out, looks = [[5 + i] * (3 + i) for i in range(9)], [], []
+    real = torch.Tensor.__int__
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda self: looks.append(1) or real(self))
+    for every in (1, 8):
+        monkeypatch.setitem(sampling.LOOK_EVERY, "cpu", every)
+        looks.clear()
+        out.append(sampling.sample(model, tok, prompts, 16, 1.0, 9,
+                                   torch.Generator().manual_seed(3)))
+    assert [ids for ids, _ in out[0]] == [ids for ids, _ in out[1]]
+    for (_, a), (_, b) in zip(*out):
+        assert a == pytest.approx(b, abs=1e-5)
+    assert len(looks) <= 2
+    assert len({len(ids) for ids, _ in out[0]}) > 3  # of many lengths
