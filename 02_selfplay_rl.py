@@ -89,6 +89,7 @@ REPLY_TOKENS = 112        # longest defender turn; paper: 2048
 LR = 5e-5                 # peak; paper: 5e-7 (7B, 128 seeds)
 LORA_RANK: Count = 0      # 0: all weights learn; else an adapter of this rank (engine/adapters.py)
 LORA_ALPHA = 32           # its scale is alpha / rank (ours)
+ADAPTERS: Literal["shared", "per_role"] = "shared"  # paper: one policy; per_role: two adapters
 BASE_QUANT: Literal["none", "nf4"] = "none"  # NF4 for the weights under an adapter, slower (ours)
 CHECKPOINTING: Literal["auto", "on", "off"] = "auto"  # "auto": where the plan needs it (hardware)
 HORIZON = 100             # rollouts of the cosine to a tenth of LR; published: about 312
@@ -300,7 +301,9 @@ def batches_of(turns):
 
 
 def scored(model, turns, part):
-    """Log-probabilities and entropies [N] of the tokens of turns[i] for i in part, end to end."""
+    """Log-probabilities and entropies [N] of the tokens of turns[i] for i in part, end to end.
+    model: the one of their role, or {role: model}."""
+    model = model[turns[part[0]].role] if isinstance(model, dict) else model
     return token_logprobs(model, [turns[i].prompt_ids for i in part], [turns[i].ids for i in part])
 
 
@@ -339,7 +342,8 @@ def update(model, optimizer, turns, advantage, old, sft_batch, lr):
             out["clipped"] += clipped
             bar.update(len(part))
     if sft_batch:
-        out["sft"] = cross_entropy_step(model, optimizer, sft_batch, TRAIN_TOKENS, SFT_COEF)
+        defender = model["defender"] if isinstance(model, dict) else model
+        out["sft"] = cross_entropy_step(defender, optimizer, sft_batch, TRAIN_TOKENS, SFT_COEF)
     out["grad_norm"] = optimizer.step(lr, CLIP_NORM)
     out["skipped"] = int(not math.isfinite(out["grad_norm"]))
     return out
@@ -378,9 +382,10 @@ def learn(model, ref, optimizer, turns, sft, step):
 
 
 # ---- a run: start, resume, save ------------------------------------------------------------------
-# What a run works with. first: steps that are done already. out: the folder of its results.
+# What a run works with. policy: {role: model}, one model or two. first: steps that are done
+# already. out: the folder of its results.
 Run = dataclasses.make_dataclass(
-    "Run", "model ref tok scorer optimizer pool seeds dev embed sft inputs first out".split())
+    "Run", "policy ref tok scorer optimizer pool seeds dev embed sft inputs first out".split())
 
 
 def plan_memory(source, seeds):
@@ -446,8 +451,8 @@ def start():
     scorer = judge.load_judge(JUDGE, QUANTIZE, rubric=rubric,
                               max_text=judge.text_limit(ATTACK_TOKENS, REPLY_TOKENS))
     judge.check(scorer, JUDGE_FLOOR)
-    if BASE_QUANT == "nf4" and not LORA_RANK:
-        die("BASE_QUANT=nf4 is for a run with an adapter: give LORA_RANK")
+    if not LORA_RANK and (BASE_QUANT, ADAPTERS) != ("none", "shared"):
+        die("BASE_QUANT=nf4 and ADAPTERS=per_role are for runs with adapters: give LORA_RANK")
     ref, tok = models.load_model(source, DTYPE, quantize=BASE_QUANT == "nf4")
     ref.requires_grad_(False)
     if LORA_RANK:  # one set of weights; a resumed adapter comes with the optimizer's state
@@ -457,7 +462,11 @@ def start():
     adapters.choose_weights(model, LORA_RANK, LORA_ALPHA, SEED)
     if checkpointing:
         models.checkpoint_gradients(model)
-    optimizer = OPTIMIZERS[OPTIMIZER](model, (0.9, 0.95), 0.0)
+    policy, learning = dict(attacker=model, defender=model), model
+    if ADAPTERS == "per_role":
+        policy["attacker"] = adapters.share(model)
+        learning = torch.nn.ModuleList(policy.values())
+    optimizer = OPTIMIZERS[OPTIMIZER](learning, (0.9, 0.95), 0.0)
     sft, pool = read_examples(sft_file, tok, SFT_KINDS, COT), ""
     if not draw_seeds(seeds, 0):
         die("ROLES=attacker plays attacked games only, and ATTACKED leaves none")
@@ -473,21 +482,24 @@ def start():
             file = resumed / "pool.jsonl"
             pool = run.read_text(file) or die(f"{run.short(file)}: empty: delete that step")
         print(f"resumed from {run.short(resumed)}")
-    return Run(model, ref, tok, scorer, optimizer, Pool(POOL_SIZE, UCB_C, MASTERED, pool), seeds,
+    return Run(policy, ref, tok, scorer, optimizer, Pool(POOL_SIZE, UCB_C, MASTERED, pool), seeds,
                dev, embed, sft, inputs, first, out)
 
 
 def save(r, step):
-    """checkpoints/RUN/step_NNNNNN: model, tokenizer, optimizer, pool, meta.json."""
+    """checkpoints/RUN/step_NNNNNN: model, tokenizer, optimizer, pool, meta.json; with ADAPTERS
+    "per_role" the model is the defender, and attacker/ the other adapter."""
     meta = dict(run.make_meta(globals(), MODEL), step=step, inputs=r.inputs)
     files = {"pool.jsonl": r.pool.text()} if METHOD == "ssp" else {}
-    models.save_checkpoint(CHECKPOINTS / RUN / f"step_{step:06d}", r.model, r.tok, meta,
-                           r.optimizer.tensors(), files)
+    attacker = r.policy["attacker"] if ADAPTERS == "per_role" else None
+    models.save_checkpoint(CHECKPOINTS / RUN / f"step_{step:06d}", r.policy["defender"], r.tok,
+                           meta, r.optimizer.tensors(), files, attacker)
 
 
 def players(r):
     """(attacker, defender): the model in the roles that learn, the frozen start in the other."""
-    return (r.ref if ROLES == "defender" else r.model), (r.ref if ROLES == "attacker" else r.model)
+    frozen = dict(attacker=ROLES == "defender", defender=ROLES == "attacker")
+    return tuple(r.ref if frozen[role] else r.policy[role] for role in ("attacker", "defender"))
 
 
 def evaluate(r, step):
@@ -516,7 +528,7 @@ def one_step(r, step):
         defended = [t for t in turns if t.role == "defender"]
         rewards = [game_reward("defender", t.kind, t.labels, "ssp") for t in defended]
         m.update(r.pool.remember(games, defended, rewards))
-    m.update(learn(r.model, r.ref, r.optimizer, turns, r.sft, step))                    # (6)-(7)
+    m.update(learn(r.policy, r.ref, r.optimizer, turns, r.sft, step))                    # (6)-(7)
     m.update(seconds=time.time() - began, play_s=played - began, gb=run.peak_gb())
     return turns, m
 
@@ -532,7 +544,7 @@ def main(argv):
     monitor.truncate_metrics(out / "metrics.csv", r.first)
     run.truncate_log(out / "games.jsonl", r.first, lambda line: json.loads(line)["step"])
     tracker = monitor.Tracker(TRACKER, RUN, meta["constants"], out)
-    print(f"{len(r.seeds)} seeds | {run.machine()} | {next(r.model.parameters()).dtype} | "
+    print(f"{len(r.seeds)} seeds | {run.machine()} | {r.ref.dtype} | "
           f"SFT examples {len(r.sft)}")
     if EVAL_EVERY and not r.first:
         monitor.write_metrics(out / "metrics.csv", dict(step=0, **evaluate(r, 0)))

@@ -33,7 +33,7 @@ from typing import Literal
 import torch
 
 import judge
-from engine import models, run
+from engine import adapters, models, run
 from engine.batching import chunks, evenly, micro_batches
 from engine.run import die, locate, publishable
 from evaluation import attackers, capability, crossplay, tables
@@ -168,14 +168,17 @@ def generate_all(jobs, folders, prompts, tasks):
         items = prompts_of(job, folders, prompts)
         if rows_by_id(path).keys() >= {item["id"] for item in items}:
             continue
-        if job.defender != holder:
-            loaded, holder = None, job.defender  # the next model has the memory to itself
+        name, own = job.defender.path, Path(job.defender.path, "attacker")
+        if job.benchmark == "attacks" and adapters.is_adapter(own):
+            name = str(own)  # of a run with an adapter for each role
+        if name != holder:
+            loaded, holder = None, name  # the next model has the memory to itself
             gc.collect()
-            loaded = models.load_model(holder.path, DTYPE, quantize=BASE_QUANT == "nf4")
+            loaded = models.load_model(name, DTYPE, quantize=BASE_QUANT == "nf4")
         if job.benchmark in tasks:
             capability.ask(*loaded, path, items)
         else:
-            generate(*loaded, holder, path, items)
+            generate(*loaded, job.defender, path, items)
 
 
 def generate(model, tok, checkpoint, path, items):

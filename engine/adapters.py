@@ -11,6 +11,7 @@ import torch
 from engine.run import die, read_json, short, write_text
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+BASE = "base_model_name_or_path"  # in CONFIG: the model that an adapter was made for
 
 
 def is_adapter(folder):
@@ -20,7 +21,7 @@ def is_adapter(folder):
 
 def base_of(folder):
     """The name of the model that the adapter in a folder was made for."""
-    return read_json(folder / CONFIG, base_model_name_or_path=str)["base_model_name_or_path"]
+    return read_json(folder / CONFIG, **{BASE: str})[BASE]
 
 
 def add_lora(model, rank, alpha, seed):
@@ -85,7 +86,9 @@ def choose_weights(model, rank, alpha, seed):
 
 
 def tidy(folder, base):
-    """Bring peft's config in a folder into a fixed order, and write down whose adapter it is."""
+    """Bring peft's config in a folder into a fixed order, write down whose adapter it is, and drop
+    what the library saves beside it."""
+    (folder / "generation_config.json").unlink(missing_ok=True)
     config = read_json(folder / CONFIG)
-    config |= dict(base_model_name_or_path=base, target_modules=sorted(config["target_modules"]))
+    config |= {BASE: base, "target_modules": sorted(config["target_modules"])}
     write_text(folder / CONFIG, json.dumps(config, indent=1, sort_keys=True))

@@ -165,7 +165,8 @@ def folder_digest(folder):
     """SHA-256 of a folder's weights, configs, tokenizer, chat template and calibration."""
     files, others = [], ("state.safetensors", "meta.json", "scores.json")
     for ending in ("safetensors", "json", "jinja"):
-        files += [p for p in folder.glob(f"*.{ending}") if p.name not in others]
+        for place in (folder, folder / "attacker"):
+            files += [p for p in place.glob(f"*.{ending}") if p.name not in others]
     return file_digest(*files)
 
 
@@ -247,10 +248,11 @@ def read_tensors(path):
             "a run then goes on from the step before, or from the start")
 
 
-def save_checkpoint(folder, model, tok, meta, tensors=None, files=()):
+def save_checkpoint(folder, model, tok, meta, tensors=None, files=(), attacker=None):
     """Write a checkpoint folder whole or not at all: what save_pretrained writes (of a model with
     an adapter: the adapter alone, which names its base), meta.json,
-    `tensors` {name: tensor} as state.safetensors, and `files` {name: text}. With tensors, a run's
+    `tensors` {name: tensor} as state.safetensors, and `files` {name: text}. attacker: a second
+    model, whose adapter goes to attacker/. With tensors, a run's
     earlier steps lose theirs: only the newest one needs its optimizer."""
     from safetensors.torch import save_file
     tmp = folder.with_name(folder.name + ".tmp")
@@ -272,7 +274,9 @@ def save_checkpoint(folder, model, tok, meta, tensors=None, files=()):
     model.save_pretrained(tmp)
     if lora:
         adapters.tidy(tmp, WHEEL if model.base_name == EMBEDDED else model.base_name)
-        (tmp / "generation_config.json").unlink(missing_ok=True)
+        if attacker is not None:
+            attacker.save_pretrained(tmp / "attacker")
+            adapters.tidy(tmp / "attacker", read_json(tmp / adapters.CONFIG)[adapters.BASE])
     else:
         tok.save_pretrained(tmp)
     for name, text in dict(files, **{"meta.json": json.dumps(meta, indent=1)}).items():

@@ -280,7 +280,6 @@ def train_adapter(rows):
     folder.mkdir(exist_ok=True)
     model.save_pretrained(folder)
     adapters.tidy(folder, models.WHEEL)
-    (folder / "generation_config.json").unlink(missing_ok=True)
     (run.CHECKPOINTS / state).unlink(missing_ok=True)
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from engine import adapters, merge, models
 from engine.logprobs import token_logprobs
 from engine.optim import MasterAdamW
+from selfplay.turns import Turn
 
 IDS = torch.arange(3, 19)[None]
 
@@ -187,7 +188,7 @@ def test_the_policy_is_as_large_as_the_adapter(chain, workplace, monkeypatch):
     monkeypatch.setattr(stage, "one_step", lambda r, step: seen.append(r) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         rl("RUN=a")
-    policy, reference = dict(seen[0].model.named_parameters()), seen[0].ref.named_parameters()
+    policy, reference = dict(seen[0].policy["defender"].named_parameters()), seen[0].ref.named_parameters()
     shared = [name for name, p in reference if p.data_ptr() == policy[name].data_ptr()]
     assert shared == [name for name in policy if "lora_" not in name]
     assert len(seen[0].optimizer.params) == len(policy) - len(shared)
@@ -261,3 +262,45 @@ def test_self_play_on_nf4_with_checkpointing(chain, workplace, capsys):
     for name, x in adapter_of(folders[0]).items():
         assert torch.equal(x, adapter_of(folders[1])[name])
     assert "LORA_RANK" in stops(rl, "BASE_QUANT=nf4", "LORA_RANK=0", "RUN=c")
+
+
+def test_an_adapter_for_each_role(chain, workplace, capsys):
+    """Two adapters that begin alike; each learns from its own turns, the defender's from the SFT
+    mix too. Resume is bit for bit; 03 attacks with the one and answers with the other."""
+    sft, rl = chain
+    sft()
+    start = adapter_of(workplace / "checkpoints" / "01_sft")
+    words = ["ADAPTERS=per_role", "EVAL_EVERY=0"]
+    rl("RUN=a", *words)
+    rl("RUN=b", "STEPS=1", *words)
+    rl("RUN=b", *words)
+    folders = [workplace / "checkpoints" / name / "step_000003" for name in "ab"]
+    own = [adapter_of(folders[0]), adapter_of(folders[0] / "attacker")]
+    for kind, place in (("defender", "."), ("attacker", "attacker")):
+        first, again = (adapter_of(folder / place) for folder in folders)
+        assert first.keys() == start.keys()
+        for name in first:
+            assert torch.equal(first[name], again[name]), (kind, name)
+        assert any(not torch.equal(first[name], start[name]) for name in first)
+    assert any(not torch.equal(own[0][name], own[1][name]) for name in start)
+    model, _ = models.load_model(str(folders[0] / "attacker"), "float32")
+    assert torch.equal(model.get_adapter_state_dict()[
+        "model.layers.0.mlp.up_proj.lora_A.weight"],
+        own[1]["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"])
+    before = models.fingerprint(str(folders[0]))
+    (folders[0] / "attacker" / adapters.WEIGHTS).write_bytes(b"x")
+    assert models.fingerprint(str(folders[0])) != before
+    assert "LORA_RANK" in stops(rl, "LORA_RANK=0", "RUN=c", *words)
+
+
+def test_only_its_own_turns_move_an_adapter(loaded):
+    """With ADAPTERS=per_role the gradient of the attacker's turns is the attacker's alone."""
+    stage = import_stage("02_selfplay_rl")
+    plain = copy.deepcopy(loaded["llama"][0])
+    defender = with_lora(plain)
+    policy = dict(attacker=adapters.share(defender), defender=defender)
+    turn = Turn("attacker", "generated_harmful", {}, [5, 6], ids=[7, 8], logps=[-1.0, -1.0])
+    logp_N, _ = stage.scored(policy, [turn], [0])
+    logp_N.sum().backward()
+    assert all(p.grad is None for p in defender.parameters())
+    assert any(p.grad is not None for p in policy["attacker"].parameters())

@@ -393,13 +393,18 @@ def test_attacker_only_as_published_asks_the_frozen_model_in_plain_chat(loaded, 
     assert len(turns) == 12 and "<think>" in tok.decode(turns[-1].prompt_ids)
 
 
+def both(model):
+    """The policy of a run in which one model has both roles."""
+    return dict(attacker=model, defender=model)
+
+
 @pytest.mark.parametrize("role, frozen", [("both", ""), ("attacker", "d"), ("defender", "a")])
 def test_who_plays_which_role(small, role, frozen):
     small.setattr(rl, "ROLES", role)
-    r = types.SimpleNamespace(model="model", ref="start")
+    r = types.SimpleNamespace(policy=dict(attacker="one", defender="other"), ref="start")
     attacker, defender = rl.players(r)
-    assert (attacker, defender) == ("start" if "a" in frozen else "model",
-                                    "start" if "d" in frozen else "model")
+    assert (attacker, defender) == ("start" if "a" in frozen else "one",
+                                    "start" if "d" in frozen else "other")
 
 
 def test_whether_an_attack_declines_is_asked_of_the_attack(loaded, small):
@@ -648,7 +653,7 @@ def test_a_step_of_ssp_remembers_its_failures(loaded, small):
         small.setattr(rl, name, value)
     model, tok = copy.deepcopy(loaded["qwen2"][0]), loaded["qwen2"][1]
     pool = filled(3)
-    r = rl.Run(model, loaded["qwen2"][0], tok, even_harms(),
+    r = rl.Run(both(model), loaded["qwen2"][0], tok, even_harms(),
                MasterAdamW(model, (0.9, 0.95), 0.0), pool, some_seeds(), [], None, [], {}, 0, None)
     turns, m = rl.one_step(r, 3)
     defended = [t for t in turns if t.role == "defender" and t.kind.endswith("harmful")]
@@ -674,7 +679,7 @@ def test_without_replay_both_methods_sample_the_same_tokens(loaded, small):
     for method in ("self_redteam", "ssp"):
         small.setattr(rl, "METHOD", method)
         model = copy.deepcopy(start)
-        r = rl.Run(model, start, tok, even_harms(), MasterAdamW(model, (0.9, 0.95), 0.0),
+        r = rl.Run(both(model), start, tok, even_harms(), MasterAdamW(model, (0.9, 0.95), 0.0),
                    Pool(512, 1.0, 0.8), some_seeds(), [], None, [], {}, 0, None)
         turns, m = rl.one_step(r, 3)
         assert ("pool" in m) == (method == "ssp")
@@ -816,7 +821,7 @@ def test_greedy_games_of_dev_seeds(loaded, small):
         return seen[-1]
 
     small.setattr(rl, "play", spy)
-    r = rl.Run(model, model, tok, even_harms(), None, None, some_seeds(), some_seeds(2),
+    r = rl.Run(both(model), model, tok, even_harms(), None, None, some_seeds(), some_seeds(2),
                lambda texts: numpy.eye(len(texts), 9), [], {}, 0, None)
     assert rl.evaluate(r, 7) == {}
     first, again = rl.evaluate(r, 20), rl.evaluate(r, 20)
@@ -830,7 +835,8 @@ def test_texts_that_the_judge_cuts_are_counted_in_the_step(loaded, small):
     small.setattr(rl, "COT", False)
     model, tok = loaded["qwen2"]
     scorer = judge.Judge(*loaded["mistral"], max_text=4)
-    r = rl.Run(copy.deepcopy(model), model, tok, scorer, MasterAdamW(model, (0.9, 0.95), 0.0),
+    policy = copy.deepcopy(model)
+    r = rl.Run(both(policy), model, tok, scorer, MasterAdamW(model, (0.9, 0.95), 0.0),
                Pool(512, 1.0, 0.8), some_seeds(), [], None, [], {}, 0, None)
     before = scorer.truncated
     _, m = rl.one_step(r, 0)
