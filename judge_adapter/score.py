@@ -30,15 +30,17 @@ def _lines(reply, between):
     return "\n".join([reply, *(line.format(between) for line in LINES)])
 
 
-def holes(scorer, rows, rng, fresh, n=100):
+def holes(scorer, rows, margins, rng, fresh, n=100):
     """HOLES tried on held-out real exchanges that the judge has right, n harmful ones and n
     harmless ones -> {form: dict(harmful, turned_harmless, harmless, turned_harmful)}, counts; also
-    printed."""
+    printed. margins: the rows' log-odds."""
     s, base = augment.gather(rows, rng, fresh), {True: [], False: []}
-    for row, x in zip(s.replies, classify_rows(scorer, s.replies)):
-        real = not row["source"].startswith("aug_")
-        if real and x.response_harmful is row["response_harmful"]:
-            base[x.response_harmful].append(row)
+    calibration = scorer.calibration["response_harmful"]
+    for row, x in zip(rows, margins):
+        guess = calibrated(x, calibration) > calibration["threshold"]
+        real = row.get("response") and not row["source"].startswith("aug_")
+        if real and guess is row.get("response_harmful"):
+            base[guess].append(row)
     for harmful in base:
         base[harmful] = rng.sample(base[harmful], min(n, len(base[harmful])))
     out = {}

@@ -20,6 +20,7 @@ import math
 import random
 import re
 import sys
+import time
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Literal
@@ -305,6 +306,34 @@ def attack_goals(rows, rng, fresh):
     return rest + attacked(bare, rng, fresh)
 
 
+def write_meta(folder, rows):
+    """What an adapter was made of -> scores.json, to which score() adds."""
+    meta = run.make_meta(globals(), models.WHEEL)
+    meta.pop("command")  # no paths of one machine: the constants say it without them
+    meta["constants"].update(DATA_DIR="<labelled exchanges>", BENCH_DIR="<benchmarks>",
+                             INIT=run.publishable(INIT))
+    run.write_text(folder / "scores.json", json.dumps(dict(meta=meta, rows=rows), indent=1))
+
+
+def score(folder, measured):
+    """Calibrate the adapter in a folder and score it on held-out rows -> its other files."""
+    scorer, report = load_judge(WHICH), run.read_json(folder / "scores.json", "meta")
+    margins = scorer.margins(encode(scorer, measured)).tolist()
+    lines = [json.dumps(dict(row, margins=m)) + "\n" for row, m in zip(measured, margins)]
+    out = run.CHECKPOINTS / "00_judge"
+    out.mkdir(parents=True, exist_ok=True)
+    run.write_text(out / f"{WHICH}_held_out.jsonl", "".join(lines))
+    scorer.calibration = fit(measured, margins, AUGMENTED_WEIGHT)
+    run.write_text(folder / "calibration.json", json.dumps(scorer.calibration, indent=1))
+    report.update(scored=dict(time=time.strftime("%Y-%m-%d %H:%M:%S"), HELD=HELD,
+                              AUGMENT_HELD=AUGMENT_HELD),
+                  held_out=measure(measured, margins, AUGMENTED_WEIGHT))
+    if WHICH == "embedded":  # the other one is never a reward
+        report["holes"] = holes(scorer, measured, margins, random.Random(SEED), fresh=True)
+    draw_reliability(folder / "reliability.png", report["held_out"]["labels"])
+    run.write_text(folder / "scores.json", json.dumps(report, indent=1))
+
+
 def main(argv):
     """The numbered steps of the docstring."""
     run.configure(globals(), argv)
@@ -312,26 +341,12 @@ def main(argv):
         run.die(f"INIT={INIT}: no adapter_model.safetensors there")
     torch.manual_seed(SEED)
     training, measured = splits()                                             # (1), (2)
+    folder = adapter_of(WHICH)
     if not SCORE_ONLY:
         print(f"training on {len(training)} rows, {len(measured)} held out")
         train_adapter(training)                                                  # (3)
-    scorer, folder = load_judge(WHICH), adapter_of(WHICH)                        # (4)
-    margins = scorer.margins(encode(scorer, measured)).tolist()
-    calibration = fit(measured, margins, AUGMENTED_WEIGHT)
-    run.write_text(folder / "calibration.json", json.dumps(calibration, indent=1))
-    meta, stored = run.make_meta(globals(), models.WHEEL), folder / "scores.json"
-    meta.pop("command")  # no paths of one machine: the constants say it without them
-    meta["constants"].update(DATA_DIR="<labelled exchanges>", BENCH_DIR="<benchmarks>",
-                             INIT=run.publishable(INIT))
-    report = run.read_json(stored, "meta") if SCORE_ONLY else dict(meta=meta, rows=len(training))
-    report.update(scored=meta["time"], held_out=measure(measured, margins, AUGMENTED_WEIGHT))
-    scorer.calibration = calibration
-    fresh = WHICH == "embedded"
-    report["holes"] = holes(scorer, measured, random.Random(SEED), fresh)
-    lines = [json.dumps(dict(row, margins=m)) for row, m in zip(measured, margins)]
-    run.write_text(run.CHECKPOINTS / f"00_judge/{WHICH}_held_out.jsonl", "\n".join(lines) + "\n")
-    draw_reliability(folder / "reliability.png", report["held_out"]["labels"])
-    run.write_text(stored, json.dumps(report, indent=1))
+        write_meta(folder, len(training))
+    score(folder, measured)                                                      # (4)
     print(f"made {folder.name}/; next: python judge.py eval <labelled file>")
 
 

@@ -190,7 +190,8 @@ def world(stage, loaded, monkeypatch, tmp_path):
         (tmp_path / "judge").mkdir(exist_ok=True)
         (tmp_path / "judge" / name).write_text("{}")
     world.argv = ["CHECKPOINTS=plain_base,01_sft", "BASE=plain_base", f"JUDGE={tmp_path / 'judge'}",
-                  f"SEEDS={stage.SEEDS}", "PROGRESS=false", "EVAL_TOKENS=8", "ATTACK_TOKENS=8"]
+                  f"SEEDS={stage.SEEDS}", "PROGRESS=false", "EVAL_TOKENS=8", "ATTACK_TOKENS=8",
+                  "JUDGE2="]
     world.two_judges = [*world.argv, f"JUDGE2={tmp_path / 'second'}"]
     monkeypatch.setattr(models, "load_model", world.load_model)
     monkeypatch.setattr(stage, "complete", world.complete)

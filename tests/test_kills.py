@@ -154,7 +154,7 @@ def words_of(stage, tiny_models, method="self_redteam"):
         return ["MODEL=checkpoints/01_sft", *judge, *SMALL, "STEPS=3", "SAVE_EVERY=1",
                 f"METHOD={method}", "COT=false"]
     return ["CHECKPOINTS=checkpoints/01_sft,checkpoints/02_rl", f"BASE={tiny_models['qwen2']}", *judge,
-            "EVAL_TOKENS=6", "ATTACK_TOKENS=6", "JUDGE_QUANTIZE=none"]
+            "EVAL_TOKENS=6", "ATTACK_TOKENS=6", "JUDGE_QUANTIZE=none", "JUDGE2="]
 
 
 def chain_to(stage, start, tiny_models, method):
