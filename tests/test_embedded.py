@@ -219,12 +219,11 @@ def test_scripted_attackers_do_not_beat_an_honest_rewrite(once, capsys):
                 < sum(v for (_, w), v in mean.items() if w == "honest"))
 
 
-def test_the_second_judge_is_another_one_and_small(once, capsys):
+def test_the_second_judge_is_another_one_and_small(capsys):
     """JUDGE2=embedded2: its own weights, at most 5 MB; weaker, but no coin."""
     folder = judge.adapter_of("embedded2")
     assert (folder / "adapter_model.safetensors").stat().st_size <= 5e6
     second = judge.load_judge("embedded2")
-    assert second.calibration != once.calibration
     assert judge.fingerprint("embedded2") != judge.fingerprint("embedded")
     score, line = judge.probe(second)
     with capsys.disabled():
