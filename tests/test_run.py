@@ -402,3 +402,16 @@ def test_a_run_goes_on_only_with_its_constants(fake, tmp_path):
 def test_a_constant_that_did_not_exist_counts_as_changed(fake, tmp_path):
     fake["NEW"] = 3
     assert "NEW None -> 3" in stops(resumed, fake, tmp_path)
+
+
+def test_only_the_newest_step_keeps_its_optimizer(tmp_path):
+    """Also after a kill between a save and the removal of the state before it."""
+    for name in ("step_000010", "step_000020", "step_old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.safetensors").write_text("x")
+        (tmp_path / name / "model.safetensors").write_text("x")
+    run.drop_old_states(run.newest_checkpoint(tmp_path))
+    assert not (tmp_path / "step_000010" / "state.safetensors").exists()
+    assert (tmp_path / "step_000010" / "model.safetensors").exists()
+    for name in ("step_000020", "step_old"):  # step_old is no step of the run
+        assert (tmp_path / name / "state.safetensors").exists()
