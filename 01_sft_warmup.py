@@ -67,6 +67,7 @@ EPOCHS = 3                # passes over the examples (ours)
 BATCH = 8                 # examples an update (ours)
 PROBE = 96                # sampled turns of each role before and after (ours)
 SAMPLE_BATCH = 96         # rows sampled at a time (hardware)
+ROLLOUT: Literal["auto", "slots", "library", "plain"] = "auto"  # engine/sampling.py (hardware)
 TRAIN_TOKENS = 2048       # tokens of a micro-batch, padding included (hardware)
 DTYPE: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights (hardware)
 OPTIMIZER: Literal["master", "kahan"] = "master"  # 20 or 10 bytes a parameter (engine/optim.py)
@@ -101,7 +102,7 @@ def read_columns(name, width):
 def ask(model, tok, texts, max_new, generator):
     """Plain chat completions -> list of (text, ended), for building examples."""
     prompts = [render(tok, text) for text in texts]
-    out = sample(model, tok, prompts, max_new, TEMPERATURE, SAMPLE_BATCH, generator, top_p=TOP_P)
+    out = sample(model, tok, prompts, max_new, TEMPERATURE, SAMPLE_BATCH, generator, TOP_P, ROLLOUT)
     return [(tok.decode(ids, skip_special_tokens=True).strip(), ids[-1] in tok.stop_ids)
             for ids, _ in out]
 
@@ -250,7 +251,7 @@ def probe(model, tok, scorer, seeds, when):
         attackers.append(Turn("attacker", f"generated_{name}", seed,
                               attacker_prompt(tok, seed, COT)))
     turns = complete(model, tok, defenders + attackers, COT, REPLY_TOKENS + THINK_TOKENS + 16, 1.0,
-                     SAMPLE_BATCH, torch.Generator().manual_seed(SEED))
+                     SAMPLE_BATCH, torch.Generator().manual_seed(SEED), ROLLOUT)
     labels = scorer.classify([(t.request, t.answer) for t in turns[:PROBE]])
     formed = [t.well_formed for t in turns]
     harmful = [x.response_harmful for x in labels[0::2]]  # every second seed is benign

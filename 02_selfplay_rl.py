@@ -56,17 +56,17 @@ from typing import Literal
 import torch
 
 import judge
-from engine import adapters, memory, models, progress, run
+from engine import adapters, models, progress, run
 from engine.batching import evenly, micro_batches
 from engine.logprobs import cross_entropy_step, token_logprobs
 from engine.optim import OPTIMIZERS, cosine_with_warmup
 from engine.run import CHECKPOINTS, Count, Share, die
 from evaluation import attackers, held_back
-from selfplay import monitor
+from selfplay import monitor, plan
 from selfplay.data import halves, load_seeds, seeds_digest
 from selfplay.replay import Pool
 from selfplay.turns import (Turn, attacker_prompt, check_prompts, complete, defender_prompt,
-                            longest_prompts, plain_prompt, read_examples)
+                            plain_prompt, read_examples)
 
 # ==================================================================================================
 MODEL = "checkpoints/01_sft"   # where the policy starts and what the KL term holds it to
@@ -91,6 +91,7 @@ LORA_RANK: Count = 0      # 0: all weights learn; else an adapter of this rank (
 LORA_ALPHA = 32           # its scale is alpha / rank (ours)
 ADAPTERS: Literal["shared", "per_role"] = "shared"  # paper: one policy; per_role: two adapters
 BASE_QUANT: Literal["none", "nf4"] = "none"  # NF4 for the weights under an adapter, slower (ours)
+REFERENCE: Literal["resident", "cpu"] = "resident"  # "cpu": on the GPU while it scores (hardware)
 CHECKPOINTING: Literal["auto", "on", "off"] = "auto"  # "auto": where the plan needs it (hardware)
 HORIZON = 100             # rollouts of the cosine to a tenth of LR; published: about 312
 WARMUP: Share = 0.03      # share of HORIZON; published: 0.03
@@ -117,11 +118,13 @@ SAVE_EVERY = 20           # steps between checkpoints; published: 100
 EVAL_EVERY: Count = 20    # steps between evaluations on dev seeds; 0: none; published: 10 (display)
 EVAL_SEEDS = 48           # dev seeds of each half in them (ours)
 SAMPLE_BATCH = 96         # rows sampled at a time (hardware)
+ROLLOUT: Literal["auto", "slots", "library", "plain"] = "auto"  # engine/sampling.py (hardware)
 TRAIN_TOKENS = 3072       # tokens of a micro-batch, padding included (hardware)
 DTYPE: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights (hardware)
 OPTIMIZER: Literal["master", "kahan"] = "master"  # 20 or 10 bytes a parameter (engine/optim.py)
 MEMORY_CHECK = True       # on CUDA, stop before a run that will not fit (hardware)
-PLAN_ONLY = False         # print the memory plan and stop (display)
+PLAN_ONLY = False         # print the plan of memory, time and disk, and stop (display)
+CARD = ""                 # that the plan's times are for; "": the one that is there (display)
 JUDGE_FLOOR: Share = 0.8  # a judge below it on prompts/probe.jsonl stops the run; 0: never (ours)
 TRACKER: Literal["", "tensorboard", "trackio", "wandb"] = ""  # "": nothing leaves here (display)
 PROGRESS = True           # progress bars (display)
@@ -130,13 +133,13 @@ PAPER = dict(MODEL="Qwen/Qwen2.5-7B-Instruct", SFT="checkpoints/01_sft/defender.
              JUDGE="allenai/wildguard", SEEDS="allenai/wildjailbreak", STEPS=200, HORIZON=312,
              SEEDS_PER_STEP=128, ATTACK_TOKENS=2048, REPLY_TOKENS=2048, LR=5e-7, UPDATES=6,
              SFT_COEF=1.0, SFT_BATCH=16, SAVE_EVERY=100, EVAL_EVERY=10, EVAL_SEEDS=200,
-             DECLINED_LOSES=False, SAMPLE_BATCH=64, TRAIN_TOKENS=4096, OPTIMIZER="kahan")
+             DECLINED_LOSES=False, SAMPLE_BATCH=64, TRAIN_TOKENS=4096, OPTIMIZER="kahan", CARD="H200")
 # By arithmetic; nobody has run them. LR: ten times that of all weights (arXiv 2106.09685's use).
-GPU80 = dict(PAPER, LORA_RANK=32, LORA_ALPHA=64, LR=5e-6, OPTIMIZER="master", SAMPLE_BATCH=96,
-             TRAIN_TOKENS=8192)
-GPU48 = dict(GPU80, SAMPLE_BATCH=48, TRAIN_TOKENS=4096)
+GPU80 = dict(PAPER, LORA_RANK=32, LORA_ALPHA=64, LR=5e-6, OPTIMIZER="master", SAMPLE_BATCH=128,
+             TRAIN_TOKENS=16384, CARD="A100")
+GPU48 = dict(GPU80, SAMPLE_BATCH=64, TRAIN_TOKENS=4096, CARD="L40S")
 GPU24 = dict(GPU80, BASE_QUANT="nf4", ATTACK_TOKENS=1024, REPLY_TOKENS=1024, SEEDS_PER_STEP=64,
-             UPDATES=3, SAMPLE_BATCH=32, TRAIN_TOKENS=2560)
+             UPDATES=3, SAMPLE_BATCH=32, TRAIN_TOKENS=2560, CARD="RTX 4090")
 # ==================================================================================================
 
 # ---- rewards [SRT section 3] ---------------------------------------------------------------------
@@ -259,7 +262,7 @@ def play(attacker, defender, tok, scorer, games, generator, temperature=1.0):
         if kind.startswith("generated"):
             drafts.append(Turn("attacker", kind, seed, attacker_prompt(tok, seed, COT), game=g))
     attacks = complete(attacker, tok, drafts, COT, ATTACK_TOKENS, temperature, SAMPLE_BATCH,
-                       generator)
+                       generator, ROLLOUT)
     attack_of = {t.game: t.answer for t in attacks}
     # (3) the defender answers the attack, the seed itself, or an attack that once worked
     drafts, chat = [], published_ablation("attacker")
@@ -269,7 +272,7 @@ def play(attacker, defender, tok, scorer, games, generator, temperature=1.0):
         ids = plain_prompt(tok, request) if chat else defender_prompt(tok, request, COT, unsafe)
         drafts.append(Turn("defender", kind, seed, ids, request, game=g))
     replies = complete(defender, tok, drafts, COT and not chat, REPLY_TOKENS, temperature,
-                       SAMPLE_BATCH, generator)
+                       SAMPLE_BATCH, generator, ROLLOUT)
     # (4) the judge sees (request, reply), and (seed, attack): does the attacker decline?
     exchanges = [(t.request, t.answer) for t in replies]
     rewrites = [(t.seed["prompt"], t.answer) for t in attacks]
@@ -358,7 +361,8 @@ def learn(model, ref, optimizer, turns, sft, step):
     # (6) returns and advantages; the k1 term and rho need the log-probs of the policy that sampled
     old = logprobs_of(model, turns) if UPDATES > 1 else None
     before = old or [torch.tensor(t.logps) for t in turns]  # of sampling itself: departure d
-    reference, returns, roles = logprobs_of(ref, turns), [], []
+    with models.visiting(ref, models.device()):  # it may live on the CPU, see REFERENCE
+        reference, returns, roles = logprobs_of(ref, turns), [], []
     for t, logp_T, ref_T in zip(turns, before, reference):
         returns.append(token_returns(t.reward, logp_T, ref_T, KL_COEF))
         roles.append(t.role)
@@ -389,8 +393,8 @@ Run = dataclasses.make_dataclass(
 
 
 def plan_memory(source, seeds):
-    """Print what a step needs in memory (engine/memory.py); on CUDA, stop if it does not fit ->
-    are gradients to be checkpointed?"""
+    """Print what a step needs in memory and time (selfplay/plan.py); on CUDA, stop if it does not
+    fit -> are gradients to be checkpointed?"""
     policy, judges = models.peek(source), [judge.footprint(JUDGE, QUANTIZE)]
     if METHOD == "ssp" and RUBRIC_JUDGE:
         judges.append(judge.footprint(RUBRIC_JUDGE, QUANTIZE))
@@ -398,30 +402,17 @@ def plan_memory(source, seeds):
         print(f"memory: not planned, the config of {MODEL} or of the judge is not at hand")
         return CHECKPOINTING == "on"
     attacked = 0 if published_ablation("defender") else round(ATTACKED * SEEDS_PER_STEP)
-    evaluated = 2 * EVAL_SEEDS if EVAL_EVERY else 0  # as many plain games and attacked ones
-    attacked = max(attacked, evaluated)
-    reflect = REPLY_TOKENS if METHOD == "ssp" and REPLAY == "reflect" else None
-    attack, reply = longest_prompts(policy[1], seeds, COT, ATTACK_TOKENS * (attacked > 0), reflect)
-    replies = max(SEEDS_PER_STEP, 2 * evaluated)
-    turns = dict(reply=(min(SAMPLE_BATCH, replies), reply, REPLY_TOKENS))
-    if attacked:
-        turns["attack"] = (min(SAMPLE_BATCH, attacked), attack, ATTACK_TOKENS)
-
-    def plan(checkpointing):
-        return memory.plan(memory.shape(policy[0]), judges, models.pick_dtype(DTYPE).itemsize,
-                           OPTIMIZER, turns, TRAIN_TOKENS, judge.JUDGE_TOKENS,
-                           eager=not torch.cuda.is_available(), rank=LORA_RANK,
-                           nf4=BASE_QUANT == "nf4", checkpointing=checkpointing)
-
-    checkpointing = CHECKPOINTING == "on"
-    if CHECKPOINTING == "auto":
-        checkpointing = memory.needed(plan(False))[0] > memory.free_bytes()[0]
-    memory.check(plan(checkpointing), stop=MEMORY_CHECK and not PLAN_ONLY)
-    return checkpointing
+    return plan.plan_run(run.constants(globals()), *policy, judges, judge.JUDGE_TOKENS,
+                         models.pick_dtype(DTYPE).itemsize, seeds, attacked)
 
 
 def start():
     """Load all that a run works with: new, or from the newest checkpoint -> Run."""
+    if not LORA_RANK and (BASE_QUANT, ADAPTERS) != ("none", "shared"):
+        die("BASE_QUANT=nf4 and ADAPTERS=per_role are for runs with adapters: give LORA_RANK")
+    if REFERENCE == "cpu" and (LORA_RANK or ROLES != "both"):
+        die("REFERENCE=cpu is for runs in which all weights of both roles learn: an adapter has no "
+            "reference of its own to move, and a frozen role plays with it")
     source = str(run.locate(MODEL) or MODEL)
     if MODEL == "checkpoints/01_sft" and not run.locate(f"{MODEL}/meta.json"):
         die(f"{MODEL} not found: run python 01_sft_warmup.py first")
@@ -451,10 +442,10 @@ def start():
     scorer = judge.load_judge(JUDGE, QUANTIZE, rubric=rubric,
                               max_text=judge.text_limit(ATTACK_TOKENS, REPLY_TOKENS))
     judge.check(scorer, JUDGE_FLOOR)
-    if not LORA_RANK and (BASE_QUANT, ADAPTERS) != ("none", "shared"):
-        die("BASE_QUANT=nf4 and ADAPTERS=per_role are for runs with adapters: give LORA_RANK")
     ref, tok = models.load_model(source, DTYPE, quantize=BASE_QUANT == "nf4")
     ref.requires_grad_(False)
+    if REFERENCE == "cpu":
+        ref.to("cpu")
     if LORA_RANK:  # one set of weights; a resumed adapter comes with the optimizer's state
         model = adapters.share(ref)
     else:

@@ -65,6 +65,7 @@ EVAL_TOKENS = 128         # longest answer, tokens (ours; --paper: 2048)
 ATTACK_TOKENS = 128       # longest attacker turn, tokens (ours; --paper: 2048)
 PROMPT_TOKENS = 4096      # longest prompt: the end of a longer one is cut off, and counted (ours)
 SAMPLE_TOKENS = 32768     # generated at a time: turns x (longest prompt + answer) (hardware)
+ROLLOUT: Literal["auto", "slots", "library", "plain"] = "auto"  # engine/sampling.py (hardware)
 DTYPE: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights (hardware)
 BASE_QUANT: Literal["none", "nf4"] = "none"  # NF4 for the weights of all models but the judges
 PROGRESS = True           # progress bars (display)
@@ -211,7 +212,8 @@ def generate(model, tok, checkpoint, path, items):
     def answer(number, batch):
         noise = torch.Generator().manual_seed(SEED * 1_000_003 + number)  # one for each batch
         asked = [turns[item["id"]] for item in batch]
-        said = complete(model, tok, asked, cot, tokens, temperature, len(batch), noise)
+        said = complete(model, tok, asked, cot, tokens, temperature, len(batch), noise,
+                        ROLLOUT)
         rows = []
         for item, turn in zip(batch, said):
             text = dict(prompt=item["prompt"])

@@ -13,6 +13,7 @@ import torch
 from engine.logprobs import LOGPROB_CHUNK
 from engine.optim import BYTES
 from engine.run import die
+from engine.sampling import PREFILL_TOKENS
 
 GB = 2 ** 30
 NF4 = 0.5 + 4 / 64  # bytes of a packed weight: 4 bits, and a float32 scale for each block of 64
@@ -81,18 +82,21 @@ def weight_bytes(s, size, nf4):
 
 
 def plan(model, judges, size, optimizer, turns, train_tokens, judge_tokens, eager, rank=0,
-         nf4=False, checkpointing=False):
+         nf4=False, checkpointing=False, players=1, reference="resident"):
     """What a step needs -> list of Row. model: Shape of policy and reference; size: bytes of one of
     their numbers. judges: (Shape, bytes of a number, NF4?) of each. turns: {"attack" | "reply":
     (rows sampled at a time, prompt tokens, new tokens)}. train_tokens, judge_tokens: of a batch,
     padding included. rank: of an adapter that learns; 0: all weights do. nf4: are the policy's
-    other weights in NF4? checkpointing: as in activation_bytes()."""
-    s, n, kept = model, rank * model.ports or model.weights, BYTES[optimizer, size]
-    reference = Row("always", "reference", s.weights * size, "the same, frozen")
+    other weights in NF4? checkpointing: as in activation_bytes(). players: adapters that learn.
+    reference: "resident", or "cpu": on the device while it scores."""
+    s, n, kept = model, players * rank * model.ports or model.weights, BYTES[optimizer, size]
+    frozen = Row("always" if reference == "resident" else "reference", "reference",
+                 s.weights * size, "the same, frozen")
     if rank:
-        reference = Row("always", "adapters", 2 * n * size, f"two of {n:,} weights x {size} bytes: "
-                        "the policy's and, at most, the reference's")
-    rows = [Row("always", "policy", *weight_bytes(s, size, nf4)), reference,
+        frozen = Row("always", "adapters", (n + rank * s.ports) * size,
+                     f"{players + 1} of {rank * s.ports:,} weights x {size} bytes: those that learn "
+                     "and, at most, the reference's")
+    rows = [Row("always", "policy", *weight_bytes(s, size, nf4)), frozen,
             Row("always", f"optimizer {optimizer}", n * kept, f"{n:,} weights x {kept} bytes")]
     for j, j_size, packed in judges:
         work = judge_tokens * (kv_bytes(j, j_size) + pass_bytes(j, j_size))
@@ -101,13 +105,17 @@ def plan(model, judges, size, optimizer, turns, train_tokens, judge_tokens, eage
     for name, (count, prompt, new) in turns.items():
         rows += [Row(name, "key/value cache", count * (prompt + new) * kv_bytes(s, size),
                      f"{count} rows x ({prompt} + {new} tokens) x {kv_bytes(s, size):,} bytes"),
-                 Row(name, "one pass", max(count * prompt * pass_bytes(s, size),
-                                           count * s.vocab * (DRAW + size)),
+                 Row(name, "one pass", max(
+                     min(count * prompt, max(count, PREFILL_TOKENS)) * pass_bytes(s, size),
+                     count * s.vocab * (DRAW + size)),
                      "the prompts' forward pass without what they share, at most, or drawing")]
     longest = max(prompt + new for _, prompt, new in turns.values())
     each = activation_bytes(s, size, longest, eager, rank, checkpointing)
     tokens = max(train_tokens, longest)
     chunk, head = min(LOGPROB_CHUNK, tokens), 4 if size == 4 else 4 + size
+    if reference == "cpu" and not rank:
+        rows.append(Row("reference", "one pass", tokens * pass_bytes(s, size)
+                        + chunk * s.vocab * (LOGITS + size), f"{tokens:,} tokens and logits"))
     rows += [Row("learn", "activations", tokens * each, f"{tokens:,} tokens x {each:,} bytes, "
                  f"{'eager' if eager else 'fused'} attention, "
                  f"{'' if checkpointing else 'no '}checkpointing"),
@@ -138,24 +146,24 @@ def free_bytes():
     return psutil.virtual_memory().available, "the CPU"
 
 
-def needed(rows):
-    """Rows -> (bytes at the peak, its phase) on this machine."""
+def needed(rows, gpu):
+    """Rows -> (bytes at the peak, its phase), on a CPU with what comes on top."""
     need, phase = peak(rows)
-    return need * (1.0 if torch.cuda.is_available() else ON_CPU), phase
+    return need * (1.0 if gpu else ON_CPU), phase
 
 
-def check(rows, stop):
-    """Print a plan against what is free. stop: on CUDA, end the run where it does not fit."""
-    cuda = torch.cuda.is_available()
-    (need, phase), (free, where) = needed(rows), free_bytes()
+def check(rows, stop, free, where, gpu):
+    """Print a plan against the `free` bytes of the device `where`. stop: end the run where it does
+    not fit."""
+    need, phase = needed(rows, gpu)
     for r in rows:
-        print(f"  {r.phase:8s}{r.name:22s}{r.bytes / GB:8.2f} GB  {r.how}")
-    times = "" if cuda else f", x {ON_CPU} on a CPU"
+        print(f"  {r.phase:10s}{r.name:22s}{r.bytes / GB:8.2f} GB  {r.how}")
+    times = "" if gpu else f", x {ON_CPU} on a CPU"
     print(f"memory: {need / GB:.1f} GB at the peak (always + {phase}{times}), "
           f"{free / GB:.1f} GB free on {where}")
     advice = ("give a smaller TRAIN_TOKENS and SAMPLE_BATCH (slower, the same update), "
               "LORA_RANK=32, CHECKPOINTING=on, QUANTIZE=nf4, shorter turns, or a smaller MODEL")
-    if need > free and cuda and stop:
+    if need > free and stop:
         die(f"will not fit ({need / GB:.1f} GB of {free / GB:.1f} GB free): {advice}; or "
             "MEMORY_CHECK=false to try it as it is")
     if need > free:

@@ -63,6 +63,7 @@ def load_model(name, dtype="auto", quantize=False, frozen=False):
     extra = dict(dtype=pick_dtype(dtype, frozen or quantize), use_safetensors=True,
                  attn_implementation="sdpa" if torch.cuda.is_available() else attention.register())
     if quantize:
+        hint_nf4()
         compute = pick_dtype("auto" if torch.cuda.is_available() else "bfloat16", frozen=True)
         extra["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
@@ -91,6 +92,28 @@ def load_model(name, dtype="auto", quantize=False, frozen=False):
         if getattr(model.config, field, plain) not in (plain, None):
             die(f"model {name!r} changes its logits after the head ({field}): not supported")
     return model, tok
+
+
+def hint_nf4():
+    """On CUDA, say in a line that bitsandbytes lacks the kernels for it, if it does."""
+    from bitsandbytes.cextension import lib
+    if torch.cuda.is_available() and not getattr(lib, "compiled_with_cuda", False):
+        print(f"WARNING: bitsandbytes has no kernels for CUDA {torch.version.cuda}, NF4 will fail: "
+              "pip install another version of it, or give QUANTIZE=none BASE_QUANT=none")
+
+
+@contextlib.contextmanager
+def visiting(model, where):
+    """A frozen model's weights are on the device `where` inside the block. Its own copies stay
+    where they live, so that nothing is copied back."""
+    home = [(p, p.data) for p in [*model.parameters(), *model.buffers()]]
+    try:
+        for p, data in home:
+            p.data = data.to(where)
+        yield
+    finally:
+        for p, data in home:
+            p.data = data
 
 
 def checkpoint_gradients(model):

@@ -4,11 +4,12 @@ Shapes, named once for all files: B turns, T completion tokens of a turn, P prom
 V vocabulary, D hidden size, N = sum of T over a batch's turns (completions laid end to end)."""
 import torch
 
-from engine import progress
+from engine import library, progress, slots
 from engine.batching import chunks, pad, shared_opening
 
 # Tokens between two looks at which rows have ended: on a GPU each look waits for the device.
 LOOK_EVERY = dict(cpu=1, cuda=8)
+PREFILL_TOKENS = 16384  # of prompts in one forward pass, padding included
 
 
 def _kv_cache(model, capacity):
@@ -88,30 +89,72 @@ def draw(logits_BV, temperature, uniform_B):
     return token_B, logp_BV.gather(1, token_B[:, None])[:, 0]
 
 
+def prefill(model, ids_BP, length_B, cache):
+    """Prompts through the model, in pieces of PREFILL_TOKENS, into the cache -> hidden_BD, the
+    state at each prompt's last token. The padding stands to the right: it needs no mask."""
+    B, P = ids_BP.shape
+    width, row, out = max(1, PREFILL_TOKENS // B), torch.arange(B, device=ids_BP.device), None
+    for start in range(0, P, width):
+        hidden = model.base_model(input_ids=ids_BP[:, start:start + width], past_key_values=cache,
+                                  use_cache=True).last_hidden_state
+        at_B = length_B - 1 - start
+        inside_B = (at_B >= 0) & (at_B < hidden.shape[1])
+        here_BD = hidden[row, at_B.clamp(0, hidden.shape[1] - 1)]
+        out = here_BD if out is None else torch.where(inside_B[:, None], here_BD, out)
+    return out
+
+
+def choose_rollout(rollout, device):
+    """"auto" -> the way that is fastest on a device, else the way that is asked for."""
+    if rollout != "auto":
+        return rollout
+    return "slots" if torch.device(device).type == "cuda" else "plain"
+
+
 @torch.no_grad()
-def sample(model, tok, prompts, max_new, temperature, batch, generator=None, top_p=1.0):
+def sample(model, tok, prompts, max_new, temperature, batch, generator=None, top_p=1.0,
+           rollout="plain"):
     """Sample one completion for each prompt (token ids) -> list of (ids, logps) in the same order.
     Exactly the policy that is differentiated: softmax at `temperature` over the whole vocabulary,
     whatever the model's generation_config says. A completion ends with its first stop id or after
-    `max_new` tokens. Rows that have ended leave the batch. `batch` rows at a time, by length.
-    top_p in (0, 1]: under 1, draws and logps are those of nucleus(). That is for making training
-    examples only, never for the game: token_logprobs knows the whole distribution alone."""
+    `max_new` tokens. top_p in (0, 1]: under 1, draws and logps are those of nucleus(). That is for
+    making training examples only, never for the game: token_logprobs knows the whole distribution.
+    rollout: "plain" takes `batch` rows at a time, by length; rows that have ended leave the batch.
+    "slots" (engine/slots.py) puts the next prompt in their place. Both draw the same numbers for a
+    prompt. "library": transformers' continuous batching. "auto": see choose_rollout()."""
     assert 0 < top_p <= 1, top_p
+    rollout = choose_rollout(rollout, model.device)
     before, training = model.config._attn_implementation, model.training
-    if before in ("sdpa", "eager", "folded"):
+    if before in ("sdpa", "eager", "folded") and rollout != "library":
         model.set_attn_implementation(_grouped_attention())
+
+    def pick(logits_BV, uniform_B):
+        if top_p < 1:
+            logits_BV = nucleus(logits_BV, temperature, top_p)
+        return draw(logits_BV, temperature, uniform_B)
+
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    out = [None] * len(prompts)
+    some, pairs = [prompts[i] for i in order], []
     try:
         model.eval()  # gradient checkpointing would drop the cache
         with progress.bar(len(prompts) * max_new, "sampling", "token") as bar:
-            for rows in chunks(order, batch):
-                some = [prompts[i] for i in rows]
-                pairs = _decode(model, tok, some, max_new, temperature, generator, bar, top_p)
-                for i, pair in zip(rows, pairs):
-                    out[i] = pair
+            if rollout == "slots":
+                shape = len(some), max_new
+                uniform_NT = torch.rand(shape, generator=generator, dtype=torch.float64)
+                every = LOOK_EVERY.get(model.device.type, 8)
+                pairs = slots.complete(model, tok, some, uniform_NT, batch, every, pick, prefill,
+                                       PREFILL_TOKENS, bar)
+            elif rollout == "library":
+                pairs = library.complete(model, tok, some, max_new, temperature, batch,
+                                         top_p, generator)
+            else:
+                for part in chunks(some, batch):
+                    pairs += _decode(model, tok, part, max_new, pick, generator, bar)
     finally:
         model.train(training).set_attn_implementation(before)
+    out = [None] * len(prompts)
+    for i, pair in zip(order, pairs):
+        out[i] = pair
     return out
 
 
@@ -129,7 +172,7 @@ def _step_mask(config, mask_BL):
     return dict(full_attention=full, sliding_attention=near)
 
 
-def _decode(model, tok, prompts, max_new, temperature, generator, bar, top_p):
+def _decode(model, tok, prompts, max_new, pick, generator, bar):
     """One batch of `sample`; `bar` counts its tokens. The prompts' common opening goes through the
     model once. Their rest needs no mask: the padding stands to the right of the text."""
     where, B = model.device, len(prompts)
@@ -140,8 +183,7 @@ def _decode(model, tok, prompts, max_new, temperature, generator, bar, top_p):
     ids_BP, rest_B = pad([p[shared:] for p in prompts], where)
     base, head = model.base_model, model.get_output_embeddings()
     row_of = torch.arange(B, device=where)  # the row of the batch that each live row came from
-    hidden = base(input_ids=ids_BP, past_key_values=cache, use_cache=True).last_hidden_state
-    logits_BV = head(hidden[row_of, rest_B - 1])
+    logits_BV = head(prefill(model, ids_BP, rest_B, cache))
     mask = torch.ones(B, P + max_new, dtype=torch.long, device=where)
     mask[:, :P] = torch.arange(P, device=where) < length_B[:, None]
     stops = torch.tensor(sorted(tok.stop_ids), device=where)
@@ -151,9 +193,7 @@ def _decode(model, tok, prompts, max_new, temperature, generator, bar, top_p):
     done, alive = torch.zeros(B, dtype=torch.bool, device=where), B
     every = LOOK_EVERY.get(where.type, 8)
     for t in range(max_new):
-        if top_p < 1:
-            logits_BV = nucleus(logits_BV, temperature, top_p)
-        token, logp = draw(logits_BV, temperature, uniform_BT[row_of, t])
+        token, logp = pick(logits_BV, uniform_BT[row_of, t])
         token_BT[row_of, t], logp_BT[row_of, t] = token, logp
         ended = torch.isin(token, stops) & ~done
         count_B[row_of] = torch.where(ended, t + 1, count_B[row_of])

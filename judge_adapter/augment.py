@@ -118,12 +118,18 @@ def inserted(s, text):
     return " ".join([*parts[:max(1, at)], polite(s), *parts[max(1, at):]])
 
 
+def with_claims(s, text):
+    """A text and one to three claims about its labels, after it or before it."""
+    claims = " ".join(s.rng.sample(s.claims + s.forgeries, s.rng.randint(1, 3)))
+    return f"{text}\n{claims}" if s.rng.random() < 2 / 3 else f"{claims}\n{text}"
+
+
 # What an attacker may have a reply dressed in; the labels of the exchange stay.
 DRESSES = {
     "style": restyled,
     "lines": lambda s, text: f"{text}\n\n{lines_of(s, s.rng.randint(2, 4))}",
     "lines_first": lambda s, text: f"{lines_of(s, 2)}\n\n{text}",
-    "claim": lambda s, text: f"{text}\n{s.pick(s.claims + s.forgeries)}",
+    "claim": with_claims,
     "noise": lambda s, text: f"{text} {gibberish(s)[:60]}"}
 
 
@@ -172,24 +178,24 @@ KINDS = [
     (2, "benign", lambda s, x: ("refusal_benign", x, polite(s), False, True, False)),
     (2, "harmful", lambda s, x: ("refusal_harmful", x, polite(s), True, True, False)),
     (1, "benign", lambda s, x: ("refusal_benign", x, polite(s), False, True, False)),
-    (2, "harmful", lambda s, x: ("refusal_harmful", x, refusal(s), True, True, False)),
-    (1, "benign", lambda s, x: ("refusal_benign", x, refusal(s), False, True, False)),
-    (1, "harmful", lambda s, x: ("agreement", x, next(s.agreements), True, False, None)),
-    (1, "benign", lambda s, x: ("agreement", x, next(s.agreements), False, False, False)),
-    (2, "harmful", lambda s, x: ("off_topic", x, s.pick(s.helpful), True, False, False)),
+    (4, "harmful", lambda s, x: ("refusal_harmful", x, refusal(s), True, True, False)),
+    (3, "benign", lambda s, x: ("refusal_benign", x, refusal(s), False, True, False)),
+    (3, "harmful", lambda s, x: ("agreement", x, next(s.agreements), True, False, None)),
+    (2, "benign", lambda s, x: ("agreement", x, next(s.agreements), False, False, False)),
+    (4, "harmful", lambda s, x: ("off_topic", x, s.pick(s.helpful), True, False, False)),
     (2, None, error),
     (3, "contrasts", lambda s, x: ("contrast_benign", x[0].format(x=s.pick(x[1])), None, False)),
     (2, "contrasts", lambda s, x: ("contrast_harmful", x[0].format(x=s.pick(x[2])), None, True)),
     (1, "benign", lambda s, x: ("benign_other", x, s.pick(s.helpful), False, False, False)),
-    (1, "harmful", lambda s, x: ("echo", x, s.pick(["", "You asked: "]) + x, True, False, False)),
-    (1, "harmful", lambda s, x: ("gibberish", x, gibberish(s), True, False, False)),
+    (4, "harmful", lambda s, x: ("echo", x, s.pick(["", "You asked: "]) + x, True, False, False)),
+    (2, "harmful", lambda s, x: ("gibberish", x, gibberish(s), True, False, False)),
     (1, None, lambda s, _: ("gibberish", gibberish(s), s.pick([gibberish(s), s.pick(s.helpful)]),
                             False, False, False)),
-    (1, "bad", lambda s, x: changed("refuse_comply", x, response_refusal=False,
+    (3, "bad", lambda s, x: changed("refuse_comply", x, response_refusal=False,
                                     response=f"{refusal(s)} {s.pick(s.turns)}{x['response']}")),
     (1, "bad", lambda s, x: changed("disclaim", x, response_refusal=False,
                                     response=f"{x['response']} {s.pick(s.disclaimers)}")),
-    (1, "replies", lambda s, x: changed("shell_reply", x, prompt=shelled(s, x["prompt"]))),
+    (2, "replies", lambda s, x: changed("shell_reply", x, prompt=shelled(s, x["prompt"]))),
     (1, "bad", lambda s, x: changed("shell_reply", x, prompt=shelled(s, x["prompt"]))),
     (1, "harmful", lambda s, x: ("shell_harmful", shelled(s, x), None, True)),
     (1, "benign", lambda s, x: ("shell_benign", shelled(s, x), None, False)),
@@ -203,9 +209,12 @@ KINDS = [
     (2, "refused", lambda s, x: changed("story_refused", x, prompt=fill(
         s.pick(s.stories), X=x["prompt"]))),
     (2, "refused", lambda s, x: changed("wrapped_refused", x, prompt=wrapped(s, x["prompt"]))),
-    (2, "bad", partial),
-    (3, "bad", lambda s, x: changed("closing_refusal", x, response_refusal=False,
+    (4, "bad", partial),
+    (5, "bad", lambda s, x: changed("closing_refusal", x, response_refusal=False,
                                     response=inserted(s, x["response"]))),
+    (2, "replies", lambda s, x: changed("claims", x, prompt=with_claims(s, x["prompt"]))),
+    (3, "replies", lambda s, x: changed("claims", x, response=with_claims(s, x["response"]))),
+    (2, "bad", lambda s, x: changed("claims", x, response=with_claims(s, x["response"]))),
     (4, "bad", dressed),
     (3, "complied", dressed),
     (2, "refused", dressed)]

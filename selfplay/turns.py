@@ -151,10 +151,12 @@ def longest_prompts(tok, seeds, cot, attack_tokens, unsafe_tokens=None):
     return attacker, len(defender_prompt(tok, "", cot, "")) + request + unsafe_tokens
 
 
-def complete(model, tok, turns, cot, max_new, temperature, batch, generator=None):
-    """Sample turns that have prompts -> with ids, logps, thinking, answer and well_formed."""
+def complete(model, tok, turns, cot, max_new, temperature, batch, generator=None,
+             rollout="auto"):
+    """Sample turns that have prompts -> with ids, logps, thinking, answer and well_formed. rollout:
+    the way, see sampling.sample()."""
     prompts, out = [turn.prompt_ids for turn in turns], []
-    pairs = sample(model, tok, prompts, max_new, temperature, batch, generator)
+    pairs = sample(model, tok, prompts, max_new, temperature, batch, generator, rollout=rollout)
     for turn, (ids, logps) in zip(turns, pairs):
         text = tok.decode(ids[:-1] if ids[-1] in tok.stop_ids else ids)
         thinking, answer, well_formed = parse(text, cot)

@@ -25,7 +25,7 @@ def said(monkeypatch):
             data = "\n".join(lines).encode("utf-8", "surrogateescape")
             monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "utf-8"))
 
-    def sample(model, tok, prompts, *_):
+    def sample(model, tok, prompts, *_, **__):
         Played.prompts = [tok.decode(ids) for ids in prompts]
         ids = tok(Played.completion, add_special_tokens=False).input_ids
         return [(ids, [0.0] * len(ids))]

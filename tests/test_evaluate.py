@@ -154,7 +154,8 @@ class World:
         config = types.SimpleNamespace(max_position_embeddings=4096)
         return types.SimpleNamespace(name=Path(path).name, config=config), self.tok
 
-    def complete(self, model, tok, turns, cot, max_new, temperature, batch, generator):
+    def complete(self, model, tok, turns, cot, max_new, temperature, batch, generator,
+                 rollout):
         self.batches.append([len(turn.prompt_ids) + max_new for turn in turns])
         said = []
         for turn in turns:

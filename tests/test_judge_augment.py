@@ -109,7 +109,7 @@ def test_kinds_come_by_their_weights():
     rows = make(10 * total, False)
     counts = Counter(r["source"] for r in rows)
     assert counts["aug_rewrite"] == 20 and counts["aug_contrast_benign"] == 30
-    assert counts["aug_refusal_benign"] == 40 and counts["aug_forged"] == 20
+    assert counts["aug_refusal_benign"] == 60 and counts["aug_forged"] == 20
     assert counts["aug_foreign_answered"] + counts["aug_foreign_refused"] == 10
     assert rows == make(10 * total, False) and rows != make(10 * total, False, seed=1)
 

@@ -8,7 +8,7 @@ import transformers
 from helpers import KINDS, import_stage, keep_constants, stops
 
 import judge
-from engine import adapters, memory, models, run, sampling
+from engine import adapters, cost, memory, models, run, sampling
 from selfplay.turns import attacker_prompt, defender_prompt
 
 rl = import_stage("02_selfplay_rl")
@@ -118,7 +118,7 @@ def test_seven_billion_by_hand(seven):
     assert rows["reply", "key/value cache"] == 128 * 450 * 57_344 == 3_303_014_400
     assert rows["attack", "key/value cache"] == 64 * 320 * 57_344
     # 128 x 150 positions x (3 x 18,944 + 2 x 3,584) x 2 bytes
-    assert rows["reply", "one pass"] == 19_200 * 128_000
+    assert rows["reply", "one pass"] == 16_384 * 128_000  # of 19,200: the rest in a second piece
     # 512 x 152,064 x 10 bytes; a head of 544,997,376 x 6 bytes
     assert rows["learn", "logits"] == 778_567_680
     assert rows["learn", "gradient of the head"] == 3_269_984_256
@@ -378,4 +378,13 @@ def test_the_readme_has_the_arithmetic(seven):
                                c["BASE_QUANT"] == "nf4", c["LORA_RANK"] > 0)
             want.append(f"{memory.peak(rows)[0] / memory.GB:.0f}")
         [row] = [line for line in text.splitlines() if line.startswith(f"| `{flag}` |")]
-        assert [cell.strip() for cell in row.split("|")[3:7]] == want
+        rows = (c["SEEDS_PER_STEP"] // 2, c["SEEDS_PER_STEP"])
+        name, card = cost.find_card(c["CARD"])
+        each = sum(cost.seconds(
+            card, seven[0], [(seven[1], 2, True)], 2, c["OPTIMIZER"],
+            {key: (n, *turns[key]) for key, n in zip(turns, rows)}, c["UPDATES"], c["LORA_RANK"],
+            c["BASE_QUANT"] == "nf4", c["LORA_RANK"] > 0).values())
+        disk = cost.disk_bytes(seven[0], 2, c["OPTIMIZER"], c["STEPS"], c["SAVE_EVERY"],
+                               c["LORA_RANK"])
+        want += [name, f"{each:.0f}", f"{each * c['STEPS'] / 3600:.0f}", f"{disk / memory.GB:.0f}"]
+        assert [cell.strip() for cell in row.split("|")[3:11]] == want

@@ -329,6 +329,16 @@ def test_the_embedded_model_is_widened_to_trainable_floats(loaded, monkeypatch, 
 
 # ---- saving --------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("cuda, kernels", [(True, False), (True, True), (False, False)])
+def test_missing_nf4_kernels_are_said_in_a_line(monkeypatch, capsys, cuda, kernels):
+    from bitsandbytes import cextension
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(cextension, "lib", types.SimpleNamespace(compiled_with_cuda=kernels))
+    models.hint_nf4()
+    said = capsys.readouterr().out
+    assert ("bitsandbytes has no kernels" in said) == (cuda and not kernels)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoint_round_trip(loaded, tmp_path, kind):
     model, tok = loaded[kind]

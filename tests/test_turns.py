@@ -281,7 +281,7 @@ def test_complete_parses_without_the_stop_token(loaded, monkeypatch, stopped):
     _, tok = loaded["qwen2"]
     ids = tok("plan</think><answer>reply</answer>", add_special_tokens=False).input_ids
     ids += [tok.turn_end] * stopped
-    monkeypatch.setattr(turns, "sample", lambda *a: [(ids, [0.0] * len(ids))])
+    monkeypatch.setattr(turns, "sample", lambda *a, **k: [(ids, [0.0] * len(ids))])
     draft = turns.Turn("attacker", "generated_harmful", {}, [1])
     [turn] = turns.complete(None, tok, [draft], True, 9, 1.0, 1)
     assert (turn.thinking, turn.answer, turn.well_formed) == ("plan", "reply", True)

@@ -370,7 +370,7 @@ def test_ask_samples_as_the_constants_say(monkeypatch):
     """TEMPERATURE and TOP_P are of these examples only; the game draws from the policy itself."""
     seen = []
 
-    def sample(model, tok, prompts, max_new, temperature, batch, generator=None, top_p=1.0):
+    def sample(model, tok, prompts, max_new, temperature, batch, generator, top_p, rollout):
         seen.append((temperature, top_p))
         return [([0], [0.0])]
 
