@@ -3,6 +3,7 @@
     make bench                              makes .venv-trl, where TRL lives; runs all benchmarks
     python bench/step.py                    three rounds of every side
     python bench/step.py SIDES=ours,trl_fast ROUNDS=5
+    python bench/step.py LORA_RANK=16       an adapter learns: ours against TRL with peft
 
 A step: sample TURNS completions of exactly TOKENS tokens, score them under a frozen reference, one
 optimizer step on all of them. No judge on any side, the rewards are given (+1, -1 in turn).
@@ -31,7 +32,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
-from engine import models, run  # noqa: E402
+from engine import adapters, models, run  # noqa: E402
 from engine.optim import MasterAdamW  # noqa: E402
 from engine.run import ROOT, die  # noqa: E402
 from selfplay.turns import Turn, complete  # noqa: E402
@@ -45,6 +46,7 @@ PROMPT_TOKENS = 85        # about: defender prompts nearest to it
 TOKENS = 96               # of a completion
 BETA = 0.01               # weight of the KL term, on all sides
 LR = 1e-6                 # on all sides
+LORA_RANK = 0             # of an adapter on all linear layers that learns instead, on all sides
 TRAIN_TOKENS = 3072       # of a micro-batch of ours: what 02 ships with
 MICRO_ROWS = 16           # of a micro-batch of trl_fast
 ROUNDS = 3                # processes of each side, in turn
@@ -70,9 +72,13 @@ def ours():
     stage = common.stage("02_selfplay_rl.py", f"KL_COEF={BETA}", f"LR={LR}",
                          f"TRAIN_TOKENS={TRAIN_TOKENS}", "SFT_COEF=0")
     learn, batch = stage["learn"], stage["SAMPLE_BATCH"]
-    model, tok = models.load_model(MODEL, DTYPE)
-    ref, _ = models.load_model(MODEL, DTYPE)
+    ref, tok = models.load_model(MODEL, DTYPE)
     ref.requires_grad_(False)
+    if LORA_RANK:
+        model = adapters.share(ref)
+        adapters.choose_weights(model, LORA_RANK, 2 * LORA_RANK, 0)
+    else:
+        model, _ = models.load_model(MODEL, DTYPE)
     optimizer = MasterAdamW(model, (0.9, 0.95), 0.0)
     prompts, drafts = work_of(tok), []
     for i, prompt in enumerate(prompts):
@@ -144,7 +150,11 @@ def trl_steps():
         lengths.extend(map(len, completion_ids))
         return [(-1.0) ** i for i in range(len(completion_ids))]
 
-    steps = WARM_UP + REPEATS
+    steps, lora = WARM_UP + REPEATS, None
+    if LORA_RANK:
+        import peft
+        lora = peft.LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear",
+                               lora_dropout=0.0, task_type="CAUSAL_LM")
     with tempfile.TemporaryDirectory() as out:
         config = trl.GRPOConfig(
             output_dir=out, max_steps=steps, learning_rate=LR, beta=BETA, num_generations=GROUP,
@@ -154,7 +164,7 @@ def trl_steps():
         trainer = trl.GRPOTrainer(
             model=folder, reward_funcs=reward, args=config, processing_class=tok,
             train_dataset=datasets.Dataset.from_list([dict(prompt=t) for t in texts] * steps),
-            callbacks=[Clock()])
+            callbacks=[Clock()], peft_config=lora)
         trainer.train()
     if lengths != [TOKENS] * (steps * TURNS):
         die(f"side {SIDE}: {len(lengths)} completions of {min(lengths)} to {max(lengths)} tokens, "

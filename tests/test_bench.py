@@ -120,6 +120,14 @@ def test_scaling_counts_real_and_padded_tokens(printed):
     assert overall == pytest.approx((a * small + b * large) / (small + large), abs=0.006)
 
 
+def test_a_step_of_an_adapter(common, tiny_models, tmp_path):
+    """LORA_RANK reaches our side: it ends in its ratio too."""
+    peer = stub(tmp_path, prompt=9, version="0")
+    lines = said_by("step", f"MODEL={tiny_models['qwen2']}", *SMALL, *FEW, "MICRO_ROWS=2",
+                    f"PEER_PYTHON={peer}", "WARM_UP=1", "LORA_RANK=4").splitlines()
+    check_rows("step", lines)
+
+
 def check_rows(name, lines):
     """The machine on top, a row a side, and the ratio as the last line."""
     assert re.fullmatch(rf"ratio {name} \d+\.\d\d", lines[-1]), lines[-1]
