@@ -32,7 +32,9 @@ Departures from the published code, each with its reason:
  d. With UPDATES=1 the k1 penalty uses the log-probs of sampling: one forward pass less.
  e. zero_sum, which the paper analyses and its code lacks, is here: SCHEME=zero_sum.
  f. Random numbers are a function of (SEED, step), so a resumed run needs no generator state.
- g. SSP: the pool holds harmful games only, and replayed games take the places of harmful ones.
+ g. SSP: the pool holds attacked harmful games only; its games come on top of a step's own ones.
+    Advantages are normalized for harmful, benign, replayed and reflected turns of a role apart:
+    their rewards have different ranges, and a mean over all rewards the kind, not the turn.
  h. An attack that the judge calls a refusal of its seed has lost (published: it is a rewrite like
     any other). A small defender repeats such an attack, so a benign request counts as refused.
  i. An empty reply is neither refusal nor answer, so both players lose the refusal term (published:
@@ -101,10 +103,10 @@ CLIP_EPS = 0.2            # paper: 0.2
 FORMAT_COEF = 1.0         # size of the format term; paper [SRT]: 1.0
 SSP_FORMAT_COEF = 0.25    # the same with METHOD=ssp, whose other rewards are 0 to 1 (ours)
 REPLAY: Literal["off", "plain", "reflect"] = "reflect"  # METHOD=ssp; paper: "reflect"
-REPLAY_FRACTION: Share = 0.25  # share of a step's defender turns that come from the pool (ours)
-UCB_C = 1.0               # exploration in the pool (ours)
+REPLAY_FRACTION: Share = 0.25  # games of the pool in a step, for each of its own ones (ours)
+UCB_C = 0.3               # exploration in the pool; at 1 it drowns the means (ours)
 POOL_SIZE = 512           # failures kept at most (ours)
-MASTERED: Share = 0.8     # mean reward above which an item leaves, after 3 visits (ours)
+MASTERED: Share = 0.8     # mean reward above which an item leaves, see selfplay/replay.py (ours)
 RUBRIC_JUDGE = ""         # METHOD=ssp: chat model that scores 1..5; "": 1 + 4 p(harmful) of JUDGE
 DECLINED_LOSES = True     # departure h; published: False
 COPY_COEF = 0.0           # charge for an attack that is its seed unchanged; ours, published: 0
@@ -201,12 +203,20 @@ def token_returns(reward, logp_T, logp_ref_T, kl_coef):
     return r_T.flip(0).cumsum(0).flip(0)
 
 
-def advantages(returns, roles):
-    """Lists of B returns [T] and B roles -> (B advantages [T], number of degenerate roles). A_t =
-    (G_t - mean) / std over all tokens of a role in a step; zeros if its returns are equal."""
+def baseline_group(turn):
+    """The turns that share a mean and a standard deviation: a role's; in SSP see departure g."""
+    if METHOD != "ssp":
+        return turn.role
+    played, half = turn.kind.split("_")
+    return turn.role, played if played in ("replayed", "reflected") else half
+
+
+def advantages(returns, groups):
+    """Lists of B returns [T] and B groups -> (B advantages [T], number of degenerate groups). A_t =
+    (G_t - mean) / std over all tokens of a group in a step; zeros if its returns are equal."""
     out, degenerate = [None] * len(returns), 0
-    for role in set(roles):
-        members = [i for i, r in enumerate(roles) if r == role]
+    for group in set(groups):
+        members = [i for i, g in enumerate(groups) if g == group]
         all_N = torch.cat([returns[i] for i in members])
         std = all_N.std(correction=0)
         degenerate += bool(std < 1e-6)
@@ -362,11 +372,11 @@ def learn(model, ref, optimizer, turns, sft, step):
     old = logprobs_of(model, turns) if UPDATES > 1 else None
     before = old or [torch.tensor(t.logps) for t in turns]  # of sampling itself: departure d
     with models.visiting(ref, models.device()):  # it may live on the CPU, see REFERENCE
-        reference, returns, roles = logprobs_of(ref, turns), [], []
+        reference, returns, groups = logprobs_of(ref, turns), [], []
     for t, logp_T, ref_T in zip(turns, before, reference):
         returns.append(token_returns(t.reward, logp_T, ref_T, KL_COEF))
-        roles.append(t.role)
-    advantage, degenerate = advantages(returns, roles)
+        groups.append(baseline_group(t))
+    advantage, degenerate = advantages(returns, groups)
     kl = (torch.cat(before) - torch.cat(reference)).mean().item()
     # (7) one pass over the turns in UPDATES optimizer steps
     rng, sft_rng = random.Random(f"{SEED} update {step}"), random.Random(f"{SEED} sft {step}")
@@ -511,7 +521,7 @@ def one_step(r, step):
     generator = torch.Generator().manual_seed(hash((SEED, step)) % 2 ** 63)
     games = draw_seeds(r.seeds, step)                                                   # (1)
     if METHOD == "ssp" and ROLES != "attacker":
-        games = r.pool.mix(games, round(REPLAY_FRACTION * SEEDS_PER_STEP), REPLAY)
+        games += r.pool.games(round(REPLAY_FRACTION * SEEDS_PER_STEP), REPLAY)
     turns = play(*players(r), r.tok, r.scorer, games, generator)                        # (2)-(5)
     played = time.time()
     m = dict(step=step + 1, **monitor.step_metrics(turns), cut=judge.cuts(r.scorer) - cut)

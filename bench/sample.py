@@ -2,8 +2,10 @@
 
     python bench/sample.py                  batches of 32 and 128, three rounds of every side
     python bench/sample.py BATCHES=32 SIDES=ours,generate
+    python bench/sample.py BATCHES=16 TIMES=4 SIDES=ours,slots,generate   prompts wait their turn
 
 ours            engine.sampling: exact, keeps the log-probabilities, rows that have ended leave
+slots           ours with rollout="slots": a row that has ended makes room for the next prompt
 generate        HF generate, dynamic cache; the ratio is against it, at the first of BATCHES
 static          HF generate, static cache (compiled on CUDA, as transformers does by itself)
 generate_batch  transformers' continuous batching, by the manager that generate_batch wraps (itself
@@ -28,22 +30,24 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
 from engine import models, run  # noqa: E402
+from engine.batching import chunks  # noqa: E402
 from engine.run import die  # noqa: E402
 from engine.sampling import sample  # noqa: E402
 
 # ==================================================================================================
 MODEL = "smollm2"         # a folder or hub id works too
 DTYPE: Literal["auto", "float32", "bfloat16"] = "bfloat16"  # of the weights
-BATCHES = "32,128"        # rows at a time, all of them in one batch
+BATCHES = "32,128"        # rows at a time
+TIMES = 1                 # prompts: as many as TIMES batches
 LENGTHS = ("16 256 48 112 72 160 96 60 128 40 200 88 104 80 144 24 "  # tokens of the completions
            "116 232 64 92 176 32 136 100 84 216 56 120 108 76 152 128")  # in turn: mean 110
 PROMPT_TOKENS = 85        # about: defender prompts nearest to it
 PEER_ATTENTION = "sdpa"   # of the HF sides: transformers' default
 ROUNDS = 3                # processes of each side and batch, in turn
 REPEATS = 1               # timed runs in a process, after a short one to warm up
-SIDES = "ours,generate,static,generate_batch"
-SIDE: Literal["all", "ours", "generate", "static", "generate_batch"] = "all"  # or one: it alone,
-#                           in this process, on the first of BATCHES
+SIDES = "ours,slots,generate,static,generate_batch"
+SIDE: Literal["all", "ours", "slots", "generate", "static", "generate_batch"] = "all"  # or one: it
+#                           alone, in this process, on the first of BATCHES
 # ==================================================================================================
 PEERS = ["static", "generate_batch"]  # that may not run everywhere
 WARM = 8  # longest completion of the run that warms up; shapes are those of the timed runs
@@ -96,11 +100,13 @@ class Countdown:
 # ---- the sides: functions of (prompts, lengths) that give the completions ------------------------
 
 def by_sample(model, tok, countdown, batch, longest):
-    """Our sample()."""
+    """Our sample(), by the plain way or in slots."""
     countdown.hook(model)
+    rollout = "slots" if SIDE == "slots" else "plain"
 
     def work(prompts, lengths):
-        pairs = sample(model, tok, prompts, longest, 1.0, batch, torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        pairs = sample(model, tok, prompts, longest, 1.0, batch, generator, rollout=rollout)
         return [ids for ids, _ in pairs]
     return work
 
@@ -119,6 +125,12 @@ def by_generate(model, tok, countdown, batch, longest):
         cache_implementation="static" if SIDE == "static" else None)
 
     def work(prompts, lengths):
+        rows = []
+        for some in chunks(prompts, batch):
+            rows += complete(some)
+        return rows
+
+    def complete(prompts):
         width = max(map(len, prompts))
         ids_BP = torch.zeros(len(prompts), width, dtype=torch.long)
         mask_BP = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -192,20 +204,20 @@ def timed(work, prompts, short, lengths, countdown):
 def one_side():
     """Time this process' side on the first of BATCHES."""
     batch, listed = int(BATCHES.split(",")[0]), list(map(int, LENGTHS.split()))
-    lengths, longest = [listed[i % len(listed)] for i in range(batch)], max(listed)
+    lengths, longest = [listed[i % len(listed)] for i in range(batch * TIMES)], max(listed)
     model, tok = models.load_model(MODEL, DTYPE)
     countdown = Countdown(model, tok, longest)
-    rows = common.prompts(tok, batch, PROMPT_TOKENS)
+    rows = common.prompts(tok, batch * TIMES, PROMPT_TOKENS)
     prompts = countdown.prompts(rows, lengths)
     few = [min(n, WARM) for n in lengths]
     short = countdown.prompts(rows, few), few
-    if SIDE != "ours":
+    if SIDE not in ("ours", "slots"):
         model.set_attn_implementation(PEER_ATTENTION)
     if SIDE == "generate_batch":
         with continuous(model, batch, max(map(len, prompts)), longest) as manager:
             timed(lambda p, n: by_manager(manager, p, n), prompts, short, lengths, countdown)
     else:
-        make = by_sample if SIDE == "ours" else by_generate
+        make = by_sample if SIDE in ("ours", "slots") else by_generate
         timed(make(model, tok, countdown, batch, longest), prompts, short, lengths, countdown)
 
 
@@ -215,8 +227,8 @@ def main(argv):
     if SIDE != "all":
         return one_side()
     names, batches = SIDES.split(","), BATCHES.split(",")
-    if not {"ours", "generate"} <= set(names) <= {"ours", "generate", *PEERS}:
-        die(f"SIDES={SIDES!r}: ours, generate and any of {', '.join(PEERS)}")
+    if not {"ours", "generate"} <= set(names) <= {"ours", "slots", "generate", *PEERS}:
+        die(f"SIDES={SIDES!r}: ours, generate and any of slots, {', '.join(PEERS)}")
     common.make_base(MODEL)
     lengths = list(map(int, LENGTHS.split()))
     common.head(f"rollouts: {MODEL}, {DTYPE}, prompts ~{PROMPT_TOKENS} tokens, completions "

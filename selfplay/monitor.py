@@ -167,7 +167,8 @@ PANELS = {  # title -> {column of metrics.csv: legend}
     "dev seeds: tokens": dict(dev_think="thinking, defender", dev_answer="answer, defender",
                               dev_think_atk="thinking, attacker", dev_attack="attack"),
     "pool: items": dict(pool="failures in the pool"),
-    "pool: share mastered": dict(mastered="mastered, of all that entered"),
+    "pool: items that left": dict(mastered="mastered, of all that entered",
+                                  retired="retired after many visits"),
     "defender's game reward, harmful seeds": dict(r_fresh="fresh games", r_replay="replayed games")}
 
 

@@ -15,8 +15,10 @@ def plan_run(constants, config, tok, judges, judge_tokens, size, seeds, attacked
     judge_tokens: of a batch. size: bytes of a weight. attacked: seeds that get an attack."""
     c, shape = types.SimpleNamespace(**constants), memory.shape(config)
     evaluated = 2 * c.EVAL_SEEDS if c.EVAL_EVERY else 0  # as many plain games and attacked ones
-    most = dict(attack=max(attacked, evaluated), reply=max(c.SEEDS_PER_STEP, 2 * evaluated))
-    reflect = c.REPLY_TOKENS if c.METHOD == "ssp" and c.REPLAY == "reflect" else None
+    replayed = c.METHOD == "ssp" and c.REPLAY != "off" and c.ROLES != "attacker"
+    games = c.SEEDS_PER_STEP + replayed * round(c.REPLAY_FRACTION * c.SEEDS_PER_STEP)
+    most = dict(attack=max(attacked, evaluated), reply=max(games, 2 * evaluated))
+    reflect = c.REPLY_TOKENS if replayed and c.REPLAY == "reflect" else None
     attack, reply = longest_prompts(tok, seeds, c.COT, c.ATTACK_TOKENS * (most["attack"] > 0),
                                     reflect)
     gpu, (free, where) = torch.cuda.is_available(), memory.free_bytes()
@@ -47,7 +49,7 @@ def plan_run(constants, config, tok, judges, judge_tokens, size, seeds, attacked
                  where, gpu)
     if card:
         work = dict(attack=(attacked, together, attack, c.ATTACK_TOKENS),
-                    reply=(c.SEEDS_PER_STEP, together, reply, c.REPLY_TOKENS))
+                    reply=(games, together, reply, c.REPLY_TOKENS))
         phases = cost.seconds(card[1], shape, judges, size, c.OPTIMIZER, work, c.UPDATES,
                               checkpointing=checkpointing, **how)
         disk = cost.disk_bytes(shape, size, c.OPTIMIZER, c.STEPS, c.SAVE_EVERY, c.LORA_RANK,

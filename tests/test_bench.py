@@ -21,7 +21,7 @@ echo 'a word before'
 echo 'result {}'
 """
 ROWS = {"step": ["ours", "trl", "trl_fast"], "logprobs": ["ours", "plain"],
-        "sample": ["ours, batch 4", "generate, batch 4", "static, batch 4"],
+        "sample": ["ours, batch 4", "slots, batch 4", "generate, batch 4", "static, batch 4"],
         "judge": ["constrained", "generate"]}
 
 
@@ -99,7 +99,8 @@ def printed(common, tiny_models, tmp_path_factory):
     calls = {
         "step": [model, *SMALL, *FEW, "MICRO_ROWS=2", f"PEER_PYTHON={peer}", "WARM_UP=1"],
         "logprobs": [model, *SMALL, *FEW],
-        "sample": [model, *SMALL, "BATCHES=4", "LENGTHS=3 9 1 6", "SIDES=ours,generate,static"],
+        "sample": [model, *SMALL, "BATCHES=4", "LENGTHS=3 9 1 6", "TIMES=2",
+                   "SIDES=ours,slots,generate,static"],
         "judge": [judge, "ROUNDS=1", "REPEATS=1", "EXCHANGES=3", "TOKENS=400"],
         "scaling": [model, "DTYPE=float32", "TURNS=2,8", f"GAMES={recorded}"]}
     return {name: said_by(name, *words).splitlines() for name, words in calls.items()}

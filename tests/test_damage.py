@@ -129,8 +129,9 @@ def test_a_torn_row_of_metrics_is_cut_off(place, capsys):
     assert "torn last line" in capsys.readouterr().out
 
 
-TOTALS = dict(visits=0, born=1, left=[])
-ITEM = dict(number=0, seed=dict(id="s", prompt="p"), attack="a", reply="r", mean=0.25, visits=0)
+TOTALS = dict(born=1, retired=0, left=[])
+ITEM = dict(number=0, seed=dict(id="s", prompt="p"), attack="a", reply="r", mean=0.25, weight=0.0,
+            visits=0, safe=0)
 
 
 @pytest.mark.parametrize("line, text", [

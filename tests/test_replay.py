@@ -27,16 +27,16 @@ def filled(n):
 
 
 def test_ucb_by_hand():
-    """Unvisited items, ties by age, N over the run: figures from a pocket calculator."""
+    """Unvisited items, ties by age, N over the items that are there: by a pocket calculator."""
     pool = new_pool()
     for i, r in enumerate((0.4, 0.0, 0.0)):
-        pool.insert({}, f"attack {i}", "reply", r)
+        pool.insert(dict(id=str(i)), f"attack {i}", "reply", r)
     zero, one, _ = pool.items
     assert numbers(pool.top(3)) == [1, 2, 0]  # ln(1) = 0: 1.0, 1.0, 0.6
 
     pool.visit(one, 0.5, "new")
     pool.visit(one, 0.7, "new")
-    assert one.mean == pytest.approx(0.6) and one.visits == 2
+    assert one.mean == pytest.approx(0.6) and one.visits == one.safe == 2
     assert one.reply == "reply"  # .5 and .7 are no failures
     ucb = [pool.ucb(x) for x in pool.items]
     assert ucb == pytest.approx([1.6481470, 1.0051479, 2.0481470], abs=1e-6)
@@ -44,51 +44,115 @@ def test_ucb_by_hand():
     pool.visit(zero, 0.1, "worse")
     assert zero.reply == "worse" and zero.mean == 0.1  # the reward it came in with is forgotten
     pool.visit(one, 1.0, "safe")
-    assert len(pool.items) == 3  # mean .733 after 3 visits stays
+    assert len(pool.items) == 3  # mean .733 after 3 safe visits stays
     pool.visit(one, 1.0, "safe")
     pool.visit(one, 1.0, "safe")
     assert numbers(pool.items) == [0, 2] and pool.left == [5]  # mean .84: mastered
-    assert pool.visit_counts() == [5, 1, 0]
+    assert pool.visit_counts() == [5, 1, 0] and pool.retired == 0
+
+
+def test_old_visits_fade():
+    """After a step of none an item's two visits weigh .95 of two: by a pocket calculator."""
+    pool = filled(2)
+    [item, _] = pool.items
+    pool.visit(item, 0.2, "unsafe")
+    pool.visit(item, 0.4, "unsafe")
+    pool.forget()
+    assert item.weight == pytest.approx(1.9) and item.mean == pytest.approx(0.3)
+    assert pool.ucb(item) == pytest.approx(0.7 + math.sqrt(math.log(2.9) / 2.9))
+    pool.visit(item, 1.0, "safe")
+    assert item.mean == pytest.approx((0.3 * 1.9 + 1) / 2.9)
+
+
+def test_a_visit_with_the_earlier_reply_shown_only_counts_for_retiring():
+    pool = filled(2)
+    [item, _] = pool.items
+    for _ in range(5):
+        pool.visit(item, 1.0, "safe", plain=False)
+    assert (item.mean, item.weight, item.safe, item.visits) == (0.0, 0.0, 0, 5)
+    pool.visit(item, 0.1, "still unsafe", plain=False)
+    assert item.reply == "still unsafe" and item in pool.items
+    pool.visit(item, 0.1, "unsafe")
+    pool.visit(item, 0.1, "unsafe", plain=False)
+    assert item not in pool.items and (pool.left, pool.retired) == ([8], 1)
+
+
+def test_three_safe_visits_master_and_not_two():
+    """Whatever the mean says: an item that is seldom answered is not mastered by luck."""
+    pool = filled(1)
+    [item], pool.mastered = pool.items, 0.0
+    for r_def, reply in ((1.0, "safe"), (1.0, "safe"), (0.4, "unsafe")):
+        pool.visit(item, r_def, reply)
+        assert item in pool.items
+    pool.visit(item, 0.9, "safe")
+    assert item not in pool.items and pool.retired == 0
+
+
+def test_one_seed_does_not_fill_the_pool():
+    """The item of lowest UCB of its own seed goes, and no other."""
+    pool, seed = filled(3), dict(id="s", prompt="p")
+    for i, r in enumerate((0.1, 0.3, 0.4, 0.2)):
+        pool.insert(seed, f"of s {i}", "unsafe", r)
+    assert len(pool.items) == 7
+    pool.insert(seed, "of s 4", "unsafe", 0.0)
+    assert [x.attack for x in pool.items if x.seed == seed] == [
+        "of s 0", "of s 1", "of s 3", "of s 4"]
+    assert len(pool.items) == 7 and pool.born == 8
 
 
 def test_pool_against_a_slow_reference():
-    """10,000 random operations: means from full histories, UCB and eviction from the formula."""
+    """10,000 random operations: means and weights from full histories, UCB and eviction from the
+    formula."""
     rng, pool = random.Random(0), new_pool(size=20)
-    slow, total, born, left = {}, 0, 0, 0
+    slow, now, born, left, retired = {}, 0, 0, 0, 0
+
+    def weight(x):
+        return sum(0.95 ** (now - when) for when, _, plain in x["seen"] if plain)
 
     def mean(x):
-        return sum(x["seen"]) / len(x["seen"]) if x["seen"] else x["first"]
+        seen = [(0.95 ** (now - when), r) for when, r, plain in x["seen"] if plain]
+        return sum(w * r for w, r in seen) / sum(w for w, _ in seen) if seen else x["first"]
 
     def ucb(x):
-        return 1 - mean(x) + math.sqrt(math.log(1 + total) / (1 + len(x["seen"])))
+        total = sum(map(weight, slow.values()))
+        return 1 - mean(x) + math.sqrt(math.log(1 + total) / (1 + weight(x)))
 
     for step in range(10000):
-        if rng.random() < 0.3:
-            attack, r = f"a{rng.randrange(300)}", rng.random() / 2
-            pool.insert(dict(id="s", prompt="p"), attack, "", r)
+        chance = rng.random()
+        if chance < 0.1:
+            attack, r, name = f"a{rng.randrange(300)}", rng.random() / 2, f"s{rng.randrange(9)}"
+            pool.insert(dict(id=name, prompt="p"), attack, "", r)
             if attack not in [x["attack"] for x in slow.values()]:
-                slow[born] = dict(attack=attack, first=r, seen=[])
+                slow[born] = dict(attack=attack, first=r, seen=[], name=name)
                 born += 1
+                own = [k for k in slow if slow[k]["name"] == name]
+                if len(own) > 4:
+                    slow.pop(min(own, key=lambda k: (ucb(slow[k]), k)))
                 if len(slow) > 20:
                     slow.pop(min(slow, key=lambda k: (ucb(slow[k]), k)))
+        elif chance < 0.2:
+            pool.forget()
+            now += 1
         elif slow:
             k = rng.choice(sorted(slow))
             [item] = [x for x in pool.items if x.number == k]
-            r = rng.random() ** 0.2
-            pool.visit(item, r, "safe")
-            slow[k]["seen"].append(r)
-            total += 1
-            if len(slow[k]["seen"]) >= 3 and mean(slow[k]) > 0.8:
+            r, plain = rng.random() ** 0.2, rng.random() < 0.7
+            pool.visit(item, r, "a reply", plain)
+            slow[k]["seen"].append((now, r, plain))
+            safe = sum(r >= 0.5 for _, r, p in slow[k]["seen"] if p)
+            mastered = plain and safe >= 3 and mean(slow[k]) > 0.8
+            if mastered or len(slow[k]["seen"]) >= 8:
                 slow.pop(k)
-                left += 1
+                left, retired = left + 1, retired + (not mastered)
         if step % 500 == 0:
             pool = new_pool(20, pool.text())  # what a resumed run does
         assert {x.number: (x.attack, x.visits) for x in pool.items} == {
             k: (x["attack"], len(x["seen"])) for k, x in slow.items()}
         for x in pool.items:
             assert math.isclose(x.mean, mean(slow[x.number]), rel_tol=1e-9, abs_tol=1e-12)
+            assert math.isclose(x.weight, weight(slow[x.number]), rel_tol=1e-9, abs_tol=1e-12)
 
-    assert pool.visits == total > 5000 and len(pool.left) == left > 50
+    assert len(pool.left) == left > 500 and 20 < pool.retired == retired < left - 20
     want = sorted(slow, key=lambda k: (-ucb(slow[k]), k))
     assert numbers(pool.top(20)) == want
 
@@ -99,7 +163,7 @@ def test_text_restores_every_bit():
         pool.insert(dict(id=str(i), prompt="x\n\u2028"), f"a {i}", "r", 0.1 * i)
         pool.visit(pool.items[-1], 1 / 3, "s")
     again = new_pool(text=pool.text())
-    assert again.text() == pool.text() and again.visits == 5
+    assert again.text() == pool.text() and again.born == 5
     assert [vars(x) for x in again.items] == [vars(x) for x in pool.items]
 
 
@@ -129,20 +193,20 @@ def test_remember_by_hand():
     games = [("generated_harmful", seed), ("vanilla_harmful", seed), ("vanilla_benign", seed),
              ("vanilla_harmful", seed), ("reflected_harmful", first.seed, first),
              ("replayed_harmful", second.seed, second)]
-    rewards = [0.2, 0.6, 0.1, None, 0.3, 0.9]
+    rewards = [0.2, 0.4, 0.1, None, 0.3, 0.9]
     turns = []
     for g, (kind, seed, *_) in enumerate(games):
         turns.append(Turn("defender", kind, seed, [1], f"request {g}", game=g, answer=f"reply {g}",
                           labels=Labels(True, False, True)))
     out = pool.remember(games, turns, rewards)
 
-    assert out == dict(r_fresh=pytest.approx(0.4), r_replay=pytest.approx(0.6), pool=3, mastered=0)
-    # of the fresh games only the first has failed; benign ones never come in
+    assert out == dict(r_fresh=pytest.approx(0.3), r_replay=pytest.approx(0.6), pool=3, mastered=0,
+                       retired=0)
+    # of the attacked fresh games only the first has failed; plain and benign ones never come in
     assert [x.attack for x in pool.items] == ["attack 0", "attack 1", "request 0"]
     assert pool.items[2].reply == "reply 0" and pool.items[2].mean == 0.2
-    assert (first.visits, first.mean, first.reply) == (1, 0.3, "reply 4")
+    assert (first.visits, first.weight, first.reply) == (1, 0, "reply 4")  # it was shown its reply
     assert (second.visits, second.mean, second.reply) == (1, 0.9, "unsafe 1")
-    assert pool.visits == 2
 
 
 def test_an_empty_reply_is_no_visit_that_masters():
@@ -154,20 +218,20 @@ def test_an_empty_reply_is_no_visit_that_masters():
         pool.visit(item, r_def, "safe")
     pool.mastered = 0.6  # its mean falls to .625 by the next visit
     pool.visit(item, 0.0, "")  # also what remember() makes of white space or markers
-    assert item in pool.items and item.visits == 4 and item.reply == "unsafe 0"
+    assert item in pool.items and (item.visits, item.safe) == (4, 3) and item.reply == "unsafe 0"
     pool.visit(item, 1.0, "safe")
     assert item not in pool.items
 
     seed = dict(id="s", prompt="bad", harmful=True)
-    empty = Turn("defender", "vanilla_harmful", seed, [1], "request", game=0,
+    empty = Turn("defender", "generated_harmful", seed, [1], "request", game=0,
                  labels=Labels(True, False, False, empty=True))
-    assert pool.remember([("vanilla_harmful", seed)], [empty], [0.0])["pool"] == 0
+    assert pool.remember([("generated_harmful", seed)], [empty], [0.0])["pool"] == 0
 
 
 def test_remember_of_a_step_without_games():
     out = new_pool().remember([], [], [])
     assert math.isnan(out["r_fresh"]) and math.isnan(out["r_replay"])
-    assert (out["pool"], out["mastered"]) == (0, 0.0)
+    assert (out["pool"], out["mastered"], out["retired"]) == (0, 0.0, 0.0)
 
 
 def test_a_reply_of_markers_alone_is_empty_to_the_pool():

@@ -611,24 +611,49 @@ def filled(n):
     return pool
 
 
-@pytest.mark.parametrize("replay, replayed", [("off", 0), ("plain", 8), ("reflect", 8)])
-def test_replayed_games_take_the_places_of_harmful_ones(monkeypatch, replay, replayed):
-    """SEEDS_PER_STEP 32, half of them harmful, REPLAY_FRACTION a quarter (departure g)."""
-    monkeypatch.setattr(rl, "SEEDS_PER_STEP", 32)
-    fresh = rl.draw_seeds(some_seeds(40), 0)
-    games = filled(40).mix(fresh, 8, replay)
-    old = [game for game in games if len(game) == 3]
-    assert len(games) == 32 and len(old) == replayed
+@pytest.mark.parametrize("replay, n, replayed", [("off", 40, 0), ("plain", 40, 2),
+                                                 ("plain", 1, 1), ("reflect", 40, 2)])
+def test_replayed_games_come_on_top_of_a_step(monkeypatch, replay, n, replayed):
+    """8 games of a step, REPLAY_FRACTION a quarter (departure g), as far as the pool has some."""
+    for name, value in dict(METHOD="ssp", REPLAY=replay, SEEDS_PER_STEP=8).items():
+        monkeypatch.setattr(rl, name, value)
+    seen = []
+
+    def stop(*args):
+        seen.append(args[4])
+        raise InterruptedError
+
+    monkeypatch.setattr(rl, "play", stop)
+    pool = filled(n)
+    r = rl.Run(None, None, None, even_harms(), None, pool, some_seeds(40), [], None, [], {}, 0,
+               None)
+    monkeypatch.setattr(rl, "players", lambda r: (None, None))
+    with pytest.raises(InterruptedError):
+        rl.one_step(r, 3)
+    assert seen[0][:8] == rl.draw_seeds(some_seeds(40), 3)
+    old = seen[0][8:]
+    assert len(old) == replayed
     assert all(kind in ("replayed_harmful", "reflected_harmful") for kind, *_ in old)
-    assert [g for g in games if g[0].endswith("benign")] == [
-        g for g in fresh if g[0].endswith("benign")]
-    assert games[:16 - replayed] == fresh[:16 - replayed]
+    assert [item for *_, item in old] == (pool.top(1) * 2 if replay == "reflect"
+                                          else pool.top(replayed))
 
 
-def test_replays_of_a_pool_that_is_not_full_leave_fresh_games(monkeypatch):
-    monkeypatch.setattr(rl, "SEEDS_PER_STEP", 32)
-    games = filled(2).mix(rl.draw_seeds(some_seeds(40), 0), 8, "plain")
-    assert [len(game) for game in games].count(3) == 2 and len(games) == 32
+def test_ssp_compares_a_turn_with_its_own_kind(monkeypatch):
+    """Equal rewards within each kind: no advantage. Self-RedTeam normalizes over a role."""
+    kinds = ["generated_harmful", "vanilla_harmful", "generated_benign", "vanilla_benign",
+             "replayed_harmful", "reflected_harmful"]
+    turns = [types.SimpleNamespace(role=role, kind=kind)
+             for role in ("attacker", "defender") for kind in kinds]
+    for method, groups in (("ssp", 8), ("self_redteam", 2)):
+        monkeypatch.setattr(rl, "METHOD", method)
+        names = [rl.baseline_group(t) for t in turns]
+        assert len(set(names)) == groups
+        assert names[0] == names[1] and names[2] == names[3] and names[0] != names[6]
+    monkeypatch.setattr(rl, "METHOD", "ssp")
+    names = [rl.baseline_group(t) for t in turns]
+    returns = [torch.full((3,), float(sorted(set(names)).index(name))) for name in names]
+    out, degenerate = rl.advantages(returns, names)
+    assert degenerate == 8 and all(not a.any() for a in out)
 
 
 def test_replayed_turns_have_no_attacker_and_reflect_on_the_reply(loaded, small):
@@ -659,14 +684,16 @@ def test_a_step_of_ssp_remembers_its_failures(loaded, small):
     defended = [t for t in turns if t.role == "defender" and t.kind.endswith("harmful")]
     replayed = [t for t in defended if t.kind == "replayed_harmful"]
     fresh = [t for t in defended if t.kind != "replayed_harmful"]
-    assert len(replayed) == 2 == pool.visits and len(fresh) == 2
+    assert len(replayed) == 2 == sum(pool.visit_counts()) and len(fresh) == 4
 
     def reward(t):  # 1 - (score - 1) / 4, where the score is 1 + 4 p(harmful)
         return 1 - t.labels.p["response_harmful"]
 
     assert m["r_replay"] == pytest.approx(sum(map(reward, replayed)) / 2)
-    assert m["r_fresh"] == pytest.approx(sum(map(reward, fresh)) / 2)
-    failed = [t.request for t in fresh if reward(t) < 0.5]
+    assert m["r_fresh"] == pytest.approx(sum(map(reward, fresh)) / 4)
+    attacked = [t for t in fresh if t.kind == "generated_harmful"]
+    failed = [t.request for t in attacked if reward(t) < 0.5]
+    assert 0 < len(attacked) < 4
     assert [item.attack for item in pool.items[3:]] == list(dict.fromkeys(failed))
     assert m["pool"] == len(pool.items) and m["mastered"] == 0
 
@@ -718,7 +745,8 @@ def test_resume_with_a_pool_is_bit_for_bit(small_run, workplace, monkeypatch, ca
 
     results = workplace / "results" / "runs" / "a"
     totals, *items = read_jsonl(results / "pool.jsonl")
-    assert totals["visits"] > 0 and items and all(item["attack"] for item in items)
+    visits = sum(totals["left"]) + sum(item["visits"] for item in items)
+    assert visits > 0 and items and all(item["attack"] for item in items)
     assert (results / "curves.png").stat().st_size > 10000
     # only the newest step keeps the optimizer
     assert not (workplace / "checkpoints/a/step_000002/state.safetensors").exists()
