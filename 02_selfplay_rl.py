@@ -135,7 +135,8 @@ PAPER = dict(MODEL="Qwen/Qwen2.5-7B-Instruct", SFT="checkpoints/01_sft/defender.
              JUDGE="allenai/wildguard", SEEDS="allenai/wildjailbreak", STEPS=200, HORIZON=312,
              SEEDS_PER_STEP=128, ATTACK_TOKENS=2048, REPLY_TOKENS=2048, LR=5e-7, UPDATES=6,
              SFT_COEF=1.0, SFT_BATCH=16, SAVE_EVERY=100, EVAL_EVERY=10, EVAL_SEEDS=200,
-             DECLINED_LOSES=False, SAMPLE_BATCH=64, TRAIN_TOKENS=4096, OPTIMIZER="kahan", CARD="H200")
+             DECLINED_LOSES=False, SAMPLE_BATCH=64, TRAIN_TOKENS=4096, OPTIMIZER="kahan",
+             CARD="H200")
 # By arithmetic; nobody has run them. LR: ten times that of all weights (arXiv 2106.09685's use).
 GPU80 = dict(PAPER, LORA_RANK=32, LORA_ALPHA=64, LR=5e-6, OPTIMIZER="master", SAMPLE_BATCH=128,
              TRAIN_TOKENS=16384, CARD="A100")

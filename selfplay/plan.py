@@ -1,4 +1,4 @@
-"""The plan of a run of 02, from its constants: memory, time and disk, before any weight is loaded."""
+"""The plan of a run of 02: memory, time and disk by its constants, before weights are loaded."""
 import types
 
 import torch

@@ -112,9 +112,9 @@ class Pool:
         return games[:room]
 
     def remember(self, games, turns, rewards):
-        """Add a step's new failures on attacked seeds, count its replays -> the pool's metrics. games:
-        (kind, seed, item if replayed). turns: the defender's. rewards: r_def of each turn, None if
-        dropped."""
+        """Add a step's new failures on attacked seeds, count its replays -> the pool's metrics.
+        games: (kind, seed, item if replayed). turns: the defender's. rewards: r_def of each turn,
+        None if dropped."""
         fresh, replayed = [], []
         self.forget()
         for turn, r_def in zip(turns, rewards):
