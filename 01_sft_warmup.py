@@ -32,11 +32,11 @@ from typing import Literal
 import torch
 
 import judge
-from engine import adapters, models, progress, run
+from engine import adapters, models, parallel, progress, run
 from engine.batching import chunks
 from engine.logprobs import cross_entropy_step
 from engine.optim import OPTIMIZERS, cosine_with_warmup
-from engine.run import CHECKPOINTS, Count, Share, die, locate
+from engine.run import Count, Share, die, locate
 from engine.sampling import sample
 from selfplay.data import halves, load_seeds, seeds_digest
 from selfplay.sanitize import neutralize, printable
@@ -290,9 +290,9 @@ def main(argv):
     inputs = dict(MODEL=models.fingerprint(str(locate(MODEL) or MODEL)),
                   JUDGE=judge.fingerprint(JUDGE), SEEDS=seeds_digest(SEEDS),
                   prompts=run.file_digest(*run.PROMPTS.glob("*.txt")))
-    out = run.claim(globals(), CHECKPOINTS)
-    if (CHECKPOINTS / RUN / "meta.json").is_file():
-        run.check_resume(globals(), CHECKPOINTS / RUN, inputs)
+    out = parallel.once(run.claim, globals(), run.CHECKPOINTS)
+    if (run.CHECKPOINTS / RUN / "meta.json").is_file():
+        run.check_resume(globals(), run.CHECKPOINTS / RUN, inputs)
         print(f"checkpoints/{RUN} is complete; next: python 02_selfplay_rl.py")
         return
     run.doing("; the same command starts again")
@@ -319,7 +319,9 @@ def main(argv):
                 examples=kinds)
     run.write_meta(out, meta)
     mix = write_examples(out, rows)
-    models.save_checkpoint(CHECKPOINTS / RUN, model, tok, meta, files={"defender.jsonl": mix})
+    parallel.check_equal(model.parameters())
+    parallel.once(models.save_checkpoint, run.CHECKPOINTS / RUN, model, tok, meta, None,
+                  {"defender.jsonl": mix})
     if after["comply"] < 0.85:
         print(f"WARNING: comply(b) {after['comply']:.2f} is below .85: lower WARMUP_REFUSALS or LR")
     print(f"made checkpoints/{RUN} ({time.time() - began:.0f} s, {run.peak_gb():.1f} GB); "

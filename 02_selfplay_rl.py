@@ -48,7 +48,6 @@ Departures from the published code, each with its reason:
 results/README.md has every setting of the published script beside that of --paper."""
 import collections
 import dataclasses
-import json
 import math
 import random
 import sys
@@ -58,17 +57,16 @@ from typing import Literal
 import torch
 
 import judge
-from engine import adapters, models, progress, run
-from engine.batching import evenly, micro_batches
+from engine import models, parallel, progress, run, shards
+from engine.batching import micro_batches
 from engine.logprobs import cross_entropy_step, token_logprobs
-from engine.optim import OPTIMIZERS, cosine_with_warmup
-from engine.run import CHECKPOINTS, Count, Share, die
+from engine.optim import cosine_with_warmup
+from engine.run import Count, Share, die
 from evaluation import attackers, held_back
-from selfplay import monitor, plan
-from selfplay.data import halves, load_seeds, seeds_digest
-from selfplay.replay import Pool
+from selfplay import monitor, session
+from selfplay.data import halves
 from selfplay.turns import (Turn, attacker_prompt, check_prompts, complete, defender_prompt,
-                            plain_prompt, read_examples)
+                            plain_prompt)
 
 # ==================================================================================================
 MODEL = "checkpoints/01_sft"   # where the policy starts and what the KL term holds it to
@@ -93,6 +91,7 @@ LORA_RANK: Count = 0      # 0: all weights learn; else an adapter of this rank (
 LORA_ALPHA = 32           # its scale is alpha / rank (ours)
 ADAPTERS: Literal["shared", "per_role"] = "shared"  # paper: one policy; per_role: two adapters
 BASE_QUANT: Literal["none", "nf4"] = "none"  # NF4 for the weights under an adapter, slower (ours)
+SHARD: Literal["none", "fsdp"] = "none"  # all weights over several GPUs, see README (hardware)
 REFERENCE: Literal["resident", "cpu"] = "resident"  # "cpu": on the GPU while it scores (hardware)
 CHECKPOINTING: Literal["auto", "on", "off"] = "auto"  # "auto": where the plan needs it (hardware)
 HORIZON = 100             # rollouts of the cosine to a tenth of LR; published: about 312
@@ -300,6 +299,11 @@ def play(attacker, defender, tok, scorer, games, generator, temperature=1.0):
 
 
 # ---- one update ----------------------------------------------------------------------------------
+def sizes(turns):
+    """Tokens of each turn, its prompt's included."""
+    return [len(t.prompt_ids) + len(t.ids) for t in turns]
+
+
 def batches_of(turns):
     """Micro-batches of turns: lists of indices of at most TRAIN_TOKENS padded tokens, by length, of
     one instruction each, so that its tokens go through the model once (shared_opening)."""
@@ -308,8 +312,7 @@ def batches_of(turns):
         own = t.role == "attacker" or t.kind.startswith("reflected")  # has its own instruction
         groups.setdefault((t.role, own and t.kind), []).append(i)
     for group in groups.values():
-        lengths = [len(turns[i].prompt_ids) + len(turns[i].ids) for i in group]
-        for part in micro_batches(lengths, TRAIN_TOKENS):
+        for part in micro_batches(sizes([turns[i] for i in group]), TRAIN_TOKENS):
             out.append([group[k] for k in part])
     return out
 
@@ -318,45 +321,53 @@ def scored(model, turns, part):
     """Log-probabilities and entropies [N] of the tokens of turns[i] for i in part, end to end.
     model: the one of their role, or {role: model}."""
     model = model[turns[part[0]].role] if isinstance(model, dict) else model
-    return token_logprobs(model, [turns[i].prompt_ids for i in part], [turns[i].ids for i in part])
+    return shards.call(token_logprobs, model, [turns[i].prompt_ids for i in part],
+                       [turns[i].ids for i in part])
 
 
 @torch.no_grad()
 def logprobs_of(model, turns):
     """Log-probabilities of the turns' tokens under a model: a tensor [T] on the CPU for each."""
-    out = [None] * len(turns)
-    with progress.bar(len(turns), "scoring", "turn") as bar:
-        for part in batches_of(turns):
+    out = {}
+    every = model.values() if isinstance(model, dict) else [model]
+    with progress.bar(len(turns), "scoring", "turn") as bar, shards.whole(*every):
+        for part in parallel.share(batches_of(turns), sizes(turns)):
             logp_N, _ = scored(model, turns, part)
             lengths = [len(turns[i].ids) for i in part]
-            for i, logp_T in zip(part, logp_N.cpu().split(lengths)):
-                out[i] = logp_T
+            out.update(zip(part, logp_N.cpu().split(lengths)))
             bar.update(len(part))
-    return out
+    out = parallel.gather(out)
+    return [out[i] for i in range(len(turns))]
 
 
 def update(model, optimizer, turns, advantage, old, sft_batch, lr):
-    """(7) A step on turns, advantages [T], old log-probs [T] (None: on-policy) -> dict of sums."""
+    """(7) A step on turns, advantages [T], old log-probs [T] (None: on-policy) -> dict of sums.
+    Several processes share the micro-batches; optimizer.step sums their gradients."""
     tokens = sum(len(t.ids) for t in turns)
-    out = dict(loss=0.0, entropy=0.0, clipped=0, gap=0.0, sft=0.0, tokens=tokens)
+    out, defender = dict(loss=0.0, entropy=0.0, clipped=0, gap=0.0), model
+    if isinstance(model, dict):
+        defender = model["defender"]
     with progress.bar(len(turns), "learning", "turn") as bar:
-        for part in batches_of(turns) if RL_COEF else []:
+        todo = batches_of(turns) if RL_COEF else []
+        for part, weight in shards.rounds(todo, sizes(turns), defender) if todo else []:
             logp_N, entropy_N = scored(model, turns, part)
             adv_N = torch.cat([advantage[i] for i in part]).to(logp_N.device)
             old_N = logp_N.detach()
             if old:
                 old_N = torch.cat([old[i] for i in part]).to(logp_N.device)
             loss, clipped = reinforce_loss(logp_N, old_N, adv_N, CLIP_EPS)
-            (RL_COEF * loss / tokens).backward()
+            (weight * RL_COEF * loss / tokens).backward()
             optimizer.collect()
+            if not weight:
+                continue
             sampled_N = torch.cat([torch.tensor(turns[i].logps) for i in part]).to(logp_N.device)
             out["loss"] += loss.item() / tokens
             out["entropy"] += entropy_N.sum().item()
             out["gap"] += (logp_N.detach() - sampled_N).abs().sum().item()
             out["clipped"] += clipped
             bar.update(len(part))
+    out = dict(parallel.total(out), sft=0.0, tokens=tokens)
     if sft_batch:
-        defender = model["defender"] if isinstance(model, dict) else model
         out["sft"] = cross_entropy_step(defender, optimizer, sft_batch, TRAIN_TOKENS, SFT_COEF)
     out["grad_norm"] = optimizer.step(lr, CLIP_NORM)
     out["skipped"] = int(not math.isfinite(out["grad_norm"]))
@@ -396,108 +407,7 @@ def learn(model, ref, optimizer, turns, sft, step):
                 skipped=total["skipped"])
 
 
-# ---- a run: start, resume, save ------------------------------------------------------------------
-# What a run works with. policy: {role: model}, one model or two. first: steps that are done
-# already. out: the folder of its results.
-Run = dataclasses.make_dataclass(
-    "Run", "policy ref tok scorer optimizer pool seeds dev embed sft inputs first out".split())
-
-
-def plan_memory(source, seeds):
-    """Print what a step needs in memory and time (selfplay/plan.py); on CUDA, stop if it does not
-    fit -> are gradients to be checkpointed?"""
-    policy, judges = models.peek(source), [judge.footprint(JUDGE, QUANTIZE)]
-    if METHOD == "ssp" and RUBRIC_JUDGE:
-        judges.append(judge.footprint(RUBRIC_JUDGE, QUANTIZE))
-    if not policy or None in judges:
-        print(f"memory: not planned, the config of {MODEL} or of the judge is not at hand")
-        return CHECKPOINTING == "on"
-    attacked = 0 if published_ablation("defender") else round(ATTACKED * SEEDS_PER_STEP)
-    return plan.plan_run(run.constants(globals()), *policy, judges, judge.JUDGE_TOKENS,
-                         models.pick_dtype(DTYPE).itemsize, seeds, attacked)
-
-
-def start():
-    """Load all that a run works with: new, or from the newest checkpoint -> Run."""
-    if not LORA_RANK and (BASE_QUANT, ADAPTERS) != ("none", "shared"):
-        die("BASE_QUANT=nf4 and ADAPTERS=per_role are for runs with adapters: give LORA_RANK")
-    if REFERENCE == "cpu" and (LORA_RANK or ROLES != "both"):
-        die("REFERENCE=cpu is for runs in which all weights of both roles learn: an adapter has no "
-            "reference of its own to move, and a frozen role plays with it")
-    source = str(run.locate(MODEL) or MODEL)
-    if MODEL == "checkpoints/01_sft" and not run.locate(f"{MODEL}/meta.json"):
-        die(f"{MODEL} not found: run python 01_sft_warmup.py first")
-    seeds, dev, embed = load_seeds(SEEDS, "train"), [], None
-    checkpointing = plan_memory(source, seeds)
-    if PLAN_ONLY:
-        sys.exit(0)
-    out = run.claim(globals(), CHECKPOINTS)
-    resumed, first = run.newest_checkpoint(CHECKPOINTS / RUN), 0
-    if resumed:
-        first = int(resumed.name.removeprefix("step_"))
-    elif (steps := monitor.last_step(out / "metrics.csv")) > SAVE_EVERY:
-        die(f"{run.short(out)} has {steps} steps, checkpoints/{RUN} is gone: move one, or RUN=")
-    if first > STEPS:
-        die(f"checkpoints/{RUN} has {first} steps already, more than STEPS={STEPS}: RUN= another")
-    sft_file = run.locate(SFT or f"{source}/defender.jsonl")
-    if SFT and not sft_file:
-        die(f"SFT={SFT} not found: python 01_sft_warmup.py writes such a file")
-    rubric = RUBRIC_JUDGE if METHOD == "ssp" else ""
-    inputs = dict(MODEL=models.fingerprint(source), JUDGE=judge.fingerprint(JUDGE),
-                  RUBRIC_JUDGE=judge.fingerprint(rubric), SEEDS=seeds_digest(SEEDS),
-                  SFT=run.file_digest(sft_file),
-                  prompts=run.file_digest(*run.PROMPTS.glob("*.txt")))
-    if resumed:
-        run.check_resume(globals(), resumed, inputs)
-        run.drop_old_states(resumed)  # a run killed while it saved may have two
-    scorer = judge.load_judge(JUDGE, QUANTIZE, rubric=rubric,
-                              max_text=judge.text_limit(ATTACK_TOKENS, REPLY_TOKENS))
-    judge.check(scorer, JUDGE_FLOOR)
-    ref, tok = models.load_model(source, DTYPE, quantize=BASE_QUANT == "nf4")
-    ref.requires_grad_(False)
-    if REFERENCE == "cpu":
-        ref.to("cpu")
-    if LORA_RANK:  # one set of weights; a resumed adapter comes with the optimizer's state
-        model = adapters.share(ref)
-    else:
-        model, _ = models.load_model(str(resumed or source), DTYPE)
-    adapters.choose_weights(model, LORA_RANK, LORA_ALPHA, SEED)
-    if checkpointing:
-        models.checkpoint_gradients(model)
-    policy, learning = dict(attacker=model, defender=model), model
-    if ADAPTERS == "per_role":
-        policy["attacker"] = adapters.share(model)
-        learning = torch.nn.ModuleList(policy.values())
-    optimizer = OPTIMIZERS[OPTIMIZER](learning, (0.9, 0.95), 0.0)
-    sft, pool = read_examples(sft_file, tok, SFT_KINDS, COT), ""
-    if not draw_seeds(seeds, 0):
-        die("ROLES=attacker plays attacked games only, and ATTACKED leaves none")
-    if not RL_COEF and not (sft and SFT_COEF):
-        die("RL_COEF=0 trains the SFT mix alone, and there is none: give SFT= or SFT_COEF=")
-    if EVAL_EVERY:
-        embed = attackers.load_embedder("")
-        for half in halves(load_seeds(SEEDS, "dev")):
-            dev += evenly(half, EVAL_SEEDS)
-    if resumed:
-        optimizer.restore(models.read_tensors(resumed / "state.safetensors"))
-        if METHOD == "ssp":
-            file = resumed / "pool.jsonl"
-            pool = run.read_text(file) or die(f"{run.short(file)}: empty: delete that step")
-        print(f"resumed from {run.short(resumed)}")
-    return Run(policy, ref, tok, scorer, optimizer, Pool(POOL_SIZE, UCB_C, MASTERED, pool), seeds,
-               dev, embed, sft, inputs, first, out)
-
-
-def save(r, step):
-    """checkpoints/RUN/step_NNNNNN: model, tokenizer, optimizer, pool, meta.json; with ADAPTERS
-    "per_role" the model is the defender, and attacker/ the other adapter."""
-    meta = dict(run.make_meta(globals(), MODEL), step=step, inputs=r.inputs)
-    files = {"pool.jsonl": r.pool.text()} if METHOD == "ssp" else {}
-    attacker = r.policy["attacker"] if ADAPTERS == "per_role" else None
-    models.save_checkpoint(CHECKPOINTS / RUN / f"step_{step:06d}", r.policy["defender"], r.tok,
-                           meta, r.optimizer.tensors(), files, attacker)
-
-
+# ---- the loop ------------------------------------------------------------------------------------
 def players(r):
     """(attacker, defender): the model in the roles that learn, the frozen start in the other."""
     frozen = dict(attacker=ROLES == "defender", defender=ROLES == "attacker")
@@ -530,8 +440,9 @@ def one_step(r, step):
         defended = [t for t in turns if t.role == "defender"]
         rewards = [game_reward("defender", t.kind, t.labels, "ssp") for t in defended]
         m.update(r.pool.remember(games, defended, rewards))
-    m.update(learn(r.policy, r.ref, r.optimizer, turns, r.sft, step))                    # (6)-(7)
-    m.update(seconds=time.time() - began, play_s=played - began, gb=run.peak_gb())
+    m.update(learn(r.policy, r.ref, r.optimizer, turns, r.sft, step))                   # (6)-(7)
+    m.update(parallel.total(dict(seconds=time.time() - began, play_s=played - began,
+                                 gb=run.peak_gb()), most=("seconds", "play_s", "gb")))
     return turns, m
 
 
@@ -539,17 +450,15 @@ def main(argv):
     """Self-play from the newest checkpoint to STEPS."""
     run.configure(globals(), argv, title=lambda: monitor.describe_arm(globals()))
     check_prompts()
-    r = start()
-    meta = run.make_meta(globals(), MODEL)
-    out = r.out
-    run.write_meta(out, meta)
-    monitor.truncate_metrics(out / "metrics.csv", r.first)
-    run.truncate_log(out / "games.jsonl", r.first, lambda line: json.loads(line)["step"])
-    tracker = monitor.Tracker(TRACKER, RUN, meta["constants"], out)
+    r = session.start(globals(), attackers.load_embedder)
+    meta, out = run.make_meta(globals(), MODEL), r.out
+    parallel.once(session.begin, r, meta)
+    tracker = monitor.Tracker(TRACKER if parallel.is_first() else "", RUN, meta["constants"], out)
     print(f"{len(r.seeds)} seeds | {run.machine()} | {r.ref.dtype} | "
           f"SFT examples {len(r.sft)}")
     if EVAL_EVERY and not r.first:
-        monitor.write_metrics(out / "metrics.csv", dict(step=0, **evaluate(r, 0)))
+        m = dict(step=0, **evaluate(r, 0))
+        parallel.once(monitor.write_metrics, out / "metrics.csv", m)
     with progress.bar(STEPS, "steps", "step", leave=True) as bar:
         bar.update(r.first)
         saved, skipped = r.first, 0
@@ -558,20 +467,19 @@ def main(argv):
             turns, m = one_step(r, step)
             progress.say(monitor.step_line(step + 1, STEPS, m))
             m.update(evaluate(r, step + 1))
-            rows = monitor.game_rows(step + 1, turns)
-            monitor.write_games(out / "games.jsonl", rows)
-            monitor.write_metrics(out / "metrics.csv", m)
-            tracker.log(step + 1, m, rows)
+            parallel.once(session.record, r, step + 1, turns, m, tracker)
             bar.update()
             skipped = skipped + 1 if m["skipped"] else 0
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == STEPS or skipped == 3:
-                save(r, step + 1)
-                monitor.write_curves(out, r.pool if METHOD == "ssp" else None)
+                parallel.check_equal(r.optimizer.params)
+                with shards.whole(*r.policy.values()):
+                    parallel.once(session.save, globals(), r, step + 1, r.optimizer.tensors())
                 saved = step + 1
             if skipped == 3:
                 die(f"three steps in a row were not finite; their updates were left out and "
                     f"checkpoints/{RUN}/step_{saved:06d} was saved: lower LR, with another RUN=")
-    monitor.write_curves(out, r.pool if METHOD == "ssp" else None)  # a killed run may lack them
+    # a killed run may lack them
+    parallel.once(monitor.write_curves, out, r.pool if METHOD == "ssp" else None)
     tracker.finish()
     print(f"made checkpoints/{RUN}/step_{STEPS:06d} and {run.short(out)}/curves.png; "
           "next: python 03_evaluate.py")

@@ -33,7 +33,7 @@ from typing import Literal
 import torch
 
 import judge
-from engine import adapters, models, run
+from engine import adapters, models, parallel, run
 from engine.batching import chunks, evenly, micro_batches
 from engine.run import die, locate, publishable
 from evaluation import attackers, capability, crossplay, tables
@@ -236,11 +236,7 @@ def label_files(files, name, digest, suffix):
         replies = rows_by_id(Path(f"{stem}.jsonl"), "answer")
         for item in items:
             key[item["id"]] = sha(digest, item["prompt"], replies[item["id"]]["answer"])
-        known = read_rows(out, "id", "key", *judge.FIELDS)
-        if any(key.get(row["id"]) != row["key"] for row in known):
-            print(f"{run.short(out)}: by another judge or of other answers, made anew")
-            out.unlink()
-            known = []
+        known = parallel.once(known_labels, out, key)
         if len(known) < len(items) and model is None:
             model = judge.load_judge(name, "auto" if judge.adapter_of(name) else JUDGE_QUANTIZE,
                                      max_text=judge.text_limit(EVAL_TOKENS, ATTACK_TOKENS))
@@ -257,6 +253,16 @@ def label_files(files, name, digest, suffix):
         append_missing(out, chunks(items, 256), label)
     if model:
         print(f"judge {publishable(name)}: {model.truncated} texts cut at {model.max_text} tokens")
+
+
+def known_labels(file, key):
+    """The labels in a file, if all are of the answers whose digests `key` has; else it goes."""
+    known = read_rows(file, "id", "key", *judge.FIELDS)
+    if any(key.get(row["id"]) != row["key"] for row in known):
+        print(f"{run.short(file)}: by another judge or of other answers, made anew")
+        file.unlink()
+        known = []
+    return known
 
 
 def summarize(checkpoint, folder, base, benchmarks, tasks, seeds, embed):
@@ -295,6 +301,34 @@ def clock(file, start):
     return note
 
 
+def score_and_write(base, checkpoints, players, folders, results, judges, benchmarks, tasks, sizes,
+                    meta):
+    """(4) and (5) of the docstring, from the files that the steps before have made."""
+    # (4) score
+    seeds = [seed["prompt"] for seed in load_seeds(SEEDS)]
+    embed, scores, changes = attackers.load_embedder(EMBEDDER), {}, {}
+    for c in checkpoints:
+        scores[c.label] = summarize(c, folders[c.label], base, benchmarks, tasks, seeds, embed)
+    for before, c in zip(checkpoints, checkpoints[1:]):
+        old = parent_of(c, checkpoints, before)
+        changes[f"{old.label} -> {c.label}"] = paired_changes(
+            folders[old.label], folders[c.label], benchmarks, tasks)
+    constants = {name: publishable(value) for name, value in meta["constants"].items()}
+    summary = dict(command=meta["command"], time=meta["time"], machine=meta["machine"],
+                   judge=judges[0][1], judge2=judges[1][1] if JUDGE2 else None,
+                   constants=constants, benchmarks=sizes, checkpoints=scores, changes=changes)
+    if players:
+        summary["crossplay"] = crossplay.cross_play(players, folders, base, bool(JUDGE2))
+        crossplay.heat_map(results / "crossplay.png", summary["crossplay"])
+
+    # (5) write
+    tables.draw_rates(results / "rates.png", summary)
+    run.write_text(results / "table.md", tables.full_table(summary))
+    run.write_text(results / "summary.json", json.dumps(summary, indent=1))
+    print(f"\n{tables.screen_table(summary, run.short(results / 'table.md'))}\n"
+          f"next: python -m evaluation.report RUN={results.name}, python -m selfplay.chat CHECKPOINT")
+
+
 def main(argv):
     """The five steps of the docstring; a user's mistake shows before the first slow one."""
     run.configure(globals(), argv)
@@ -325,7 +359,7 @@ def main(argv):
         only = digests if c in checkpoints else dict(seeds_harmful=digests["seeds_harmful"])
         folders[c.label] = run.RUNS / name / c.label
         fixed[c.label] = check_folder(folders[c.label], c, base, only)
-    results = run.claim(dict(globals(), RUN=name), run.CHECKPOINTS)
+    results = parallel.once(run.claim, dict(globals(), RUN=name), run.CHECKPOINTS)
     meta = run.make_meta(globals(), CHECKPOINTS)
     run.doing("; the same command goes on")
     run.write_meta(results, meta)
@@ -354,30 +388,9 @@ def main(argv):
         label_files(files, which, digest, suffix)
         note(suffix)
 
-    # (4) score
-    seeds = [seed["prompt"] for seed in load_seeds(SEEDS)]
-    embed, scores, changes = attackers.load_embedder(EMBEDDER), {}, {}
-    for c in checkpoints:
-        scores[c.label] = summarize(c, folders[c.label], base, benchmarks, tasks, seeds, embed)
-    for before, c in zip(checkpoints, checkpoints[1:]):
-        old = parent_of(c, checkpoints, before)
-        changes[f"{old.label} -> {c.label}"] = paired_changes(
-            folders[old.label], folders[c.label], benchmarks, tasks)
-    constants = {name: publishable(value) for name, value in meta["constants"].items()}
-    summary = dict(command=meta["command"], time=meta["time"], machine=meta["machine"],
-                   judge=judges[0][1], judge2=judges[1][1] if JUDGE2 else None,
-                   constants=constants, benchmarks=sizes, checkpoints=scores, changes=changes)
-    if players:
-        summary["crossplay"] = crossplay.cross_play(players, folders, base, bool(JUDGE2))
-        crossplay.heat_map(results / "crossplay.png", summary["crossplay"])
-
-    # (5) write
-    tables.draw_rates(results / "rates.png", summary)
-    run.write_text(results / "table.md", tables.full_table(summary))
-    run.write_text(results / "summary.json", json.dumps(summary, indent=1))
+    parallel.once(score_and_write, base, checkpoints, players, folders, results, judges,
+                  benchmarks, tasks, sizes, meta)
     note("score")
-    print(f"\n{tables.screen_table(summary, run.short(results / 'table.md'))}\n"
-          f"next: python -m evaluation.report RUN={name}, python -m selfplay.chat CHECKPOINT")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Literal
 
 import torch
 
-from engine import adapters, memory, models, progress
+from engine import adapters, memory, models, parallel, progress
 from engine.batching import common_prefix, micro_batches, pad, shared_opening
 from engine.merge import merge
 from engine.run import PROMPTS, ROOT, configure, die, guarded, read_json, write_text
@@ -180,11 +180,12 @@ class Judge:
         """Rows of token ids -> uncalibrated log-odds of yes against no, [len(rows), 3], CPU."""
         out = torch.zeros(len(rows), 3)
         with progress.bar(len(rows), "judging", "exchange") as bar:
-            for batch in micro_batches(list(map(len, rows)), self.judge_tokens):
+            lengths = list(map(len, rows))
+            for batch in parallel.share(micro_batches(lengths, self.judge_tokens), lengths):
                 logits_B3V, _, _ = self.answer_logits([rows[i] for i in batch])
                 out[batch] = (logits_B3V[..., self.yes] - logits_B3V[..., self.no]).cpu()
                 bar.update(len(batch))
-        return out
+        return parallel.add_up(out)
 
     def classify(self, pairs):
         """[(prompt, response or None)] -> [Labels] in the same order; batched by length; greedy."""
@@ -279,13 +280,14 @@ class LlamaGuard:
 def next_logits(model, rows, tokens, budget):
     """Logits of `tokens` (list of ids) right after each row of ids -> [len(rows), len(tokens)]."""
     out = torch.zeros(len(rows), len(tokens))
-    for batch in micro_batches(list(map(len, rows)), budget):
+    lengths = list(map(len, rows))
+    for batch in parallel.share(micro_batches(lengths, budget), lengths):
         ids_BL, length_B = pad([rows[i] for i in batch], model.device)
         mask = torch.arange(ids_BL.shape[1], device=ids_BL.device) < length_B[:, None]
         hidden = model.base_model(input_ids=ids_BL, attention_mask=mask.long())[0]
         last = hidden[torch.arange(len(batch), device=ids_BL.device), length_B - 1]
         out[batch] = model.get_output_embeddings()(last).float()[:, tokens].cpu()
-    return out
+    return parallel.add_up(out)
 
 
 def calibrated(margins, calibration):

@@ -3,6 +3,8 @@ import os
 
 import torch
 
+from engine import shards
+
 
 def pad(rows, where):
     """Rows of ids -> (right-padded ids_BL, length_B). Masks come from lengths: any id can pad."""
@@ -19,10 +21,11 @@ def common_prefix(rows):
 def shared_opening(model, rows, cache=None):
     """What B token lists open with goes through the model once -> (its length, its key/value cache
     expanded to B rows). Differentiable: the gradients of all rows meet in the one pass. Length 0,
-    with an empty cache, under gradient checkpointing: transformers drops every cache there."""
+    with an empty cache, under gradient checkpointing, where transformers drops every cache, and of
+    a sharded model, whose layers are put together once a pass."""
     from transformers import DynamicCache
     cache = DynamicCache() if cache is None else cache
-    dropped = model.training and model.is_gradient_checkpointing
+    dropped = model.training and model.is_gradient_checkpointing or shards.is_sharded(model)
     shared = 0 if dropped else common_prefix(rows)
     if shared:
         opening = torch.tensor([rows[0][:shared]], device=model.device)

@@ -2,6 +2,7 @@
 Shapes: see engine/sampling.py."""
 import torch
 
+from engine import parallel, shards
 from engine.batching import micro_batches, pad, shared_opening
 
 LOGPROB_CHUNK = 512  # tokens whose V float32 logits exist at a time (hardware: at V = 49k, 100 MB)
@@ -30,17 +31,18 @@ def token_logprobs(model, prompts, completions, temperature=1.0):
 def cross_entropy_step(model, optimizer, examples, max_tokens, coef=1.0):
     """Backward pass of coef * the mean cross-entropy over the completion tokens of `examples`
     (dicts with prompt_ids and completion_ids), in micro-batches of at most `max_tokens` padded
-    tokens -> that mean without coef, a float."""
+    tokens -> that mean without coef, a float. Several processes share the micro-batches; the
+    optimizer's step sums their gradients."""
     total = sum(len(e["completion_ids"]) for e in examples)
     lengths, mean = [len(e["prompt_ids"]) + len(e["completion_ids"]) for e in examples], 0.0
-    for part in micro_batches(lengths, max_tokens):
-        logp_N, _ = token_logprobs(model, [examples[i]["prompt_ids"] for i in part],
-                                   [examples[i]["completion_ids"] for i in part])
+    for part, weight in shards.rounds(micro_batches(lengths, max_tokens), lengths, model):
+        logp_N, _ = shards.call(token_logprobs, model, [examples[i]["prompt_ids"] for i in part],
+                                [examples[i]["completion_ids"] for i in part])
         loss = -logp_N.sum() / total
-        (coef * loss).backward()
+        (weight * coef * loss).backward()
         optimizer.collect()
-        mean += loss.item()
-    return mean
+        mean += loss.item() if weight else 0.0
+    return parallel.total(dict(mean=mean))["mean"]
 
 
 class _HeadLogprobs(torch.autograd.Function):

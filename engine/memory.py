@@ -82,13 +82,15 @@ def weight_bytes(s, size, nf4):
 
 
 def plan(model, judges, size, optimizer, turns, train_tokens, judge_tokens, eager, rank=0,
-         nf4=False, checkpointing=False, players=1, reference="resident"):
+         nf4=False, checkpointing=False, players=1, reference="resident", shares=1):
     """What a step needs -> list of Row. model: Shape of policy and reference; size: bytes of one of
     their numbers. judges: (Shape, bytes of a number, NF4?) of each. turns: {"attack" | "reply":
     (rows sampled at a time, prompt tokens, new tokens)}. train_tokens, judge_tokens: of a batch,
     padding included. rank: of an adapter that learns; 0: all weights do. nf4: are the policy's
     other weights in NF4? checkpointing: as in activation_bytes(). players: adapters that learn.
-    reference: "resident", or "cpu": on the device while it scores."""
+    reference: "resident", or "cpu": on the device while it scores. shares: processes that all
+    weights, gradients and the optimizer are spread over (FSDP); while it samples or scores, a
+    model is there as a whole."""
     s, n, kept = model, players * rank * model.ports or model.weights, BYTES[optimizer, size]
     frozen = Row("always" if reference == "resident" else "reference", "reference",
                  s.weights * size, "the same, frozen")
@@ -125,8 +127,27 @@ def plan(model, judges, size, optimizer, turns, train_tokens, judge_tokens, eage
         rows.append(Row("learn", "gradient of the head", s.vocab * s.hidden * head,
                         f"{s.vocab:,} words x {s.hidden:,} x {head} bytes, summed in float32"))
     # float32 sums take the gradients after each micro-batch; else they stay while others are made
-    return rows + [Row("collect" if optimizer == "master" else "learn", "gradients", n * size,
-                       f"{n:,} weights x {size} bytes")]
+    rows.append(Row("collect" if optimizer == "master" else "learn", "gradients", n * size,
+                    f"{n:,} weights x {size} bytes"))
+    return rows if shares == 1 else spread(rows, s, size, shares)
+
+
+def spread(rows, s, size, shares):
+    """The rows of a plan for one of `shares` processes that share all weights by FSDP. Judges stay
+    whole. A pass that learns has the outermost part and two layers as a whole, with gradients."""
+    out, rest = [], s.weights * size * (shares - 1) // shares
+    for r in rows:
+        if r.name in ("policy", "reference", "gradients") or r.name.startswith("optimizer"):
+            r = r._replace(bytes=r.bytes // shares, how=f"{r.how}, of {shares} shares one")
+        out.append(r)
+    for phase in ("attack", "reply"):
+        if phase in [r.phase for r in rows]:
+            out.append(Row(phase, "the model as a whole", rest, f"the other {shares - 1} shares"))
+    layer = (s.weights - s.vocab * s.hidden) // s.layers
+    part = 2 * size * (s.vocab * s.hidden + 2 * layer)
+    return out + [Row("reference", "the model as a whole", rest, f"the other {shares - 1} shares"),
+                  Row("learn", "parts as a whole", part, "head, embedding and two layers, with "
+                      "their gradients")]
 
 
 def peak(rows):

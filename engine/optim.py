@@ -19,7 +19,7 @@ import math
 
 import torch
 
-from engine import progress
+from engine import parallel, progress, shards
 from engine.run import die
 
 BYTES = {  # of a parameter: (optimizer, bytes of a weight) -> what it keeps between updates
@@ -31,6 +31,8 @@ class _Resumable:
 
     def __init__(self, model):
         self.params = [p for p in model.parameters() if p.requires_grad]
+        self.own = list(map(shards.local, self.params))  # what this process has of each
+        self.sharded = bool(self.own) and self.own[0] is not self.params[0]
         self.left_out = 0  # updates in a row whose gradient was not finite
 
     def _is_finite(self, norm):
@@ -42,34 +44,48 @@ class _Resumable:
         return finite
 
     def tensors(self):
-        """All state as {name: tensor}, for safetensors; no moments before the first step."""
-        out = dict(self.kept)
+        """All state as {name: tensor}, for safetensors; no moments before the first step. Of a
+        sharded model all processes put it together, so all must call this."""
+        out = {}
+        for name, x in self.kept.items():
+            out[name] = shards.full(x, self.params[int(name.split(".")[1])])
         for i, x in enumerate(self.adamw.param_groups[0]["params"]):
             for name, value in self.adamw.state.get(x, {}).items():
-                out[f"{name}.{i}"] = value
+                out[f"{name}.{i}"] = value if name == "step" else shards.full(value, self.params[i])
         return out
+
+    def _sum(self, gradients):
+        """Sum the gradients of all processes; FSDP has done so by itself."""
+        if not self.sharded:
+            parallel.sum_gradients(gradients)
 
     @torch.no_grad()
     def restore(self, tensors):
         """The reverse of tensors(), the model's weights included. On a CPU, what follows is then
         bit for bit what would have followed. The state of another model stops."""
         there = {name: list(t.shape) for name, t in tensors.items()}
-        want = {name: list(x.shape) for name, x in self.kept.items()}
-        for i, x in enumerate(self.adamw.param_groups[0]["params"]):
+        of, want = {}, {}
+        for name in self.kept:
+            of[name] = self.params[int(name.split(".")[1])]
+            want[name] = list(of[name].shape)
+        for i, p in enumerate(self.params):
             if f"step.{i}" in tensors:
                 want[f"step.{i}"] = []
-                want[f"exp_avg.{i}"] = want[f"exp_avg_sq.{i}"] = list(x.shape)
+                want[f"exp_avg.{i}"] = want[f"exp_avg_sq.{i}"] = list(p.shape)
         for name in sorted(want.keys() | there.keys()):
             if there.get(name) != want.get(name):
                 die(f"the optimizer's state is of another model or DTYPE: {name} has the shape "
                     f"{there.get(name)}, not {want.get(name)} (None: there is none)")
         for name, x in self.kept.items():
-            x.copy_(tensors[name])
+            x.copy_(shards.part_of(tensors[name], of[name]))
         for i, x in enumerate(self.adamw.param_groups[0]["params"]):
             self.adamw.state[x] = {}
             for name in ("step", "exp_avg", "exp_avg_sq"):
                 if f"{name}.{i}" in tensors:  # the fused kernel wants all on the tensor's device
-                    self.adamw.state[x][name] = tensors[f"{name}.{i}"].to(x.device).clone()
+                    value = tensors[f"{name}.{i}"]
+                    if name != "step":
+                        value = shards.part_of(value, self.params[i])
+                    self.adamw.state[x][name] = value.to(x.device).clone()
 
     def _update(self, lr):
         for group in self.adamw.param_groups:
@@ -84,7 +100,7 @@ class MasterAdamW(_Resumable):
 
     def __init__(self, model, betas, weight_decay):
         super().__init__(model)
-        self.master = [p.detach().clone().float() for p in self.params]
+        self.master = [p.detach().clone().float() for p in self.own]
         self.kept = {f"master.{i}": m for i, m in enumerate(self.master)}
         for m in self.master:
             m.grad = torch.zeros_like(m)
@@ -94,17 +110,22 @@ class MasterAdamW(_Resumable):
         """Add the parameters' gradients to the float32 sums and drop them."""
         for p, m in zip(self.params, self.master):
             if p.grad is not None:
-                m.grad.add_(p.grad)
+                m.grad.add_(shards.local(p.grad))
                 p.grad = None
 
     @torch.no_grad()
     def step(self, lr, clip):
-        """Clip to norm `clip`, update at rate `lr`, write the weights back -> the norm before."""
-        norm = float(torch.nn.utils.clip_grad_norm_(self.master, clip))
+        """Clip to norm `clip`, update at rate `lr`, write the weights back -> the norm before.
+        Several processes sum their gradients first."""
+        gradients = [m.grad for m in self.master]
+        self._sum(gradients)
+        norm = shards.norm_of(gradients, self.sharded)
+        torch.nn.utils.clip_grads_with_norm_(self.master, clip, norm)
+        norm = float(norm)
         if self._is_finite(norm):
             self._update(lr)
-        for p, m in zip(self.params, self.master):
-            p.copy_(m)
+        for own, m in zip(self.own, self.master):
+            own.copy_(m)
             m.grad.zero_()
         return norm
 
@@ -112,8 +133,8 @@ class MasterAdamW(_Resumable):
     def restore(self, tensors):
         """As in _Resumable; the model's weights are the copies, rounded."""
         super().restore(tensors)
-        for p, m in zip(self.params, self.master):
-            p.copy_(m)
+        for own, m in zip(self.own, self.master):
+            own.copy_(m)
 
 
 class KahanAdamW(_Resumable):
@@ -123,9 +144,9 @@ class KahanAdamW(_Resumable):
 
     def __init__(self, model, betas, weight_decay):
         super().__init__(model)
-        self.lost = [p if p.dtype == torch.float32 else torch.zeros_like(p) for p in self.params]
+        self.lost = [p if p.dtype == torch.float32 else torch.zeros_like(p) for p in self.own]
         self.weight_decay, self.kept = weight_decay, {}
-        for i, (p, lost) in enumerate(zip(self.params, self.lost)):
+        for i, (p, lost) in enumerate(zip(self.own, self.lost)):
             self.kept[f"weight.{i}"] = p
             if lost is not p:
                 self.kept[f"lost.{i}"] = lost
@@ -136,26 +157,36 @@ class KahanAdamW(_Resumable):
 
     @torch.no_grad()
     def step(self, lr, clip):
-        """Clip to norm `clip` (float32), update at rate `lr`, drop the gradients -> the norm."""
-        grads = [p.grad for p in self.params if p.grad is not None]
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
-        norm = float(torch.stack(norms).norm()) if norms else 0.0
+        """Clip to norm `clip` (float32), update at rate `lr`, drop the gradients -> the norm.
+        Several processes sum their gradients first."""
+        if parallel.number_of() > 1:
+            every = []
+            for p in self.params:  # a process may have had no work
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                every.append(p.grad)
+            self._sum(every)
+        grads = [shards.local(p.grad) for p in self.params if p.grad is not None]
+        norms = []
+        for g in grads:
+            norms.append(torch.linalg.vector_norm(g, dtype=torch.float32))
+        norm = float(shards.over_all(torch.stack(norms).norm(), self.sharded)) if norms else 0.0
         if not self._is_finite(norm):
             for p in self.params:
                 p.grad = None
             return norm
         for g in grads if norm > clip else []:
             g.mul_(clip / (norm + 1e-6))
-        for p, lost in zip(self.params, self.lost):
-            lost.grad = p.grad
+        for p, own, lost in zip(self.params, self.own, self.lost):
+            lost.grad = None if p.grad is None else shards.local(p.grad)
             if self.weight_decay and p.grad is not None:
-                lost.add_(p, alpha=-lr * self.weight_decay)
+                lost.add_(own, alpha=-lr * self.weight_decay)
         self._update(lr)
-        for p, lost in zip(self.params, self.lost):
-            if lost is not p:
-                before = p.clone()
-                p.add_(lost)
-                lost.add_(before.sub_(p))  # exact where |lost| <= |weight| (Dekker's fast two-sum)
+        for p, own, lost in zip(self.params, self.own, self.lost):
+            if lost is not own:
+                before = own.clone()
+                own.add_(lost)
+                # exact where |lost| <= |weight| (Dekker's fast two-sum)
+                lost.add_(before.sub_(own))
             p.grad = lost.grad = None
         return norm
 

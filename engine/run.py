@@ -24,7 +24,7 @@ from pathlib import Path
 
 import psutil  # accelerate brings it
 
-from engine import progress
+from engine import parallel, progress
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ROOT / "prompts"
@@ -58,6 +58,8 @@ def guarded(main, argv):
     traceback: Ctrl-C and SIGTERM (exit code 130, 143; a second one ends at once), a full disk, no
     permission, no memory. Errors of the program itself keep their traceback."""
     def interrupt(number, frame):
+        if not parallel.is_first():
+            os._exit(128 + number)  # it has nothing to write, and the first one says it
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
         raise KeyboardInterrupt(128 + number)
@@ -65,12 +67,18 @@ def guarded(main, argv):
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, interrupt)
     try:
+        parallel.begin()
         main(argv)
+        parallel.end()
     except KeyboardInterrupt as problem:
         print(f"\nstopped{_doing}", file=sys.stderr, flush=True)
         sys.exit(problem.args[0] if problem.args else 130)
+    except SystemExit:
+        parallel.wait_to_complain()
+        raise
     except Exception as problem:
         line = explain(problem)
+        parallel.wait_to_complain()
         if line is None:
             raise
         die(line)
@@ -156,7 +164,10 @@ def read_log(path, heal=True):
 
 
 def write_text(path, text):
-    """Write a small file whole or not at all: a killed run leaves the old one."""
+    """Write a small file whole or not at all: a killed run leaves the old one. Of several processes
+    the first one writes."""
+    if not parallel.is_first():
+        return
     tmp = Path(f"{path}.tmp")
     tmp.write_text(text, encoding="utf-8")
     os.replace(tmp, path)
@@ -248,7 +259,7 @@ def configure(scope, argv, title=None):
     kinds = getattr(module, "__annotations__", None) or scope.get("__annotations__", {})
     for name, default in defaults.items():
         _check(name, scope[name], default, kinds.get(name))
-    progress.enable(scope.get("PROGRESS", True))
+    progress.enable(scope.get("PROGRESS", True) and parallel.is_first())
     print(*([title()] if title else []), *said, sep="\n", end="\n" if title or said else "")
 
 

@@ -4,7 +4,7 @@ Shapes, named once for all files: B turns, T completion tokens of a turn, P prom
 V vocabulary, D hidden size, N = sum of T over a batch's turns (completions laid end to end)."""
 import torch
 
-from engine import library, progress, slots
+from engine import library, parallel, progress, shards, slots
 from engine.batching import chunks, pad, shared_opening
 
 # Tokens between two looks at which rows have ended: on a GPU each look waits for the device.
@@ -121,9 +121,16 @@ def sample(model, tok, prompts, max_new, temperature, batch, generator=None, top
     making training examples only, never for the game: token_logprobs knows the whole distribution.
     rollout: "plain" takes `batch` rows at a time, by length; rows that have ended leave the batch.
     "slots" (engine/slots.py) puts the next prompt in their place. Both draw the same numbers for a
-    prompt. "library": transformers' continuous batching. "auto": see choose_rollout()."""
+    prompt. "library": transformers' continuous batching. "auto": see choose_rollout(). Several
+    processes share the prompts (engine/parallel.py); each gets all completions."""
     assert 0 < top_p <= 1, top_p
-    rollout = choose_rollout(rollout, model.device)
+    with shards.whole(model):
+        return _sample(model, tok, prompts, max_new, temperature, batch, generator, top_p,
+                       choose_rollout(rollout, model.device))
+
+
+def _sample(model, tok, prompts, max_new, temperature, batch, generator, top_p, rollout):
+    """sample() of a model that is whole, by the way that was chosen."""
     before, training = model.config._attn_implementation, model.training
     if before in ("sdpa", "eager", "folded") and rollout != "library":
         model.set_attn_implementation(_grouped_attention())
@@ -134,13 +141,16 @@ def sample(model, tok, prompts, max_new, temperature, batch, generator=None, top
         return draw(logits_BV, temperature, uniform_B)
 
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    some, pairs = [prompts[i] for i in order], []
+    share = parallel.mine([len(prompts[i]) + max_new for i in order])
+    some, pairs = [prompts[order[k]] for k in share], []
+    # a number of their own for each prompt and token, whoever completes it
+    uniform_NT = torch.rand(len(prompts), max_new, generator=generator, dtype=torch.float64)[share]
     try:
         model.eval()  # gradient checkpointing would drop the cache
-        with progress.bar(len(prompts) * max_new, "sampling", "token") as bar:
-            if rollout == "slots":
-                shape = len(some), max_new
-                uniform_NT = torch.rand(shape, generator=generator, dtype=torch.float64)
+        with progress.bar(len(some) * max_new, "sampling", "token") as bar:
+            if not some:
+                pass
+            elif rollout == "slots":
                 every = LOOK_EVERY.get(model.device.type, 8)
                 pairs = slots.complete(model, tok, some, uniform_NT, batch, every, pick, prefill,
                                        PREFILL_TOKENS, bar)
@@ -148,14 +158,13 @@ def sample(model, tok, prompts, max_new, temperature, batch, generator=None, top
                 pairs = library.complete(model, tok, some, max_new, temperature, batch,
                                          top_p, generator)
             else:
-                for part in chunks(some, batch):
-                    pairs += _decode(model, tok, part, max_new, pick, generator, bar)
+                for part in chunks(range(len(some)), batch):
+                    pairs += _decode(model, tok, [some[k] for k in part], uniform_NT[list(part)],
+                                     pick, bar)
     finally:
         model.train(training).set_attn_implementation(before)
-    out = [None] * len(prompts)
-    for i, pair in zip(order, pairs):
-        out[i] = pair
-    return out
+    found = parallel.gather({order[k]: pair for k, pair in zip(share, pairs)})
+    return [found[i] for i in range(len(prompts))]
 
 
 def _step_mask(config, mask_BL):
@@ -172,11 +181,11 @@ def _step_mask(config, mask_BL):
     return dict(full_attention=full, sliding_attention=near)
 
 
-def _decode(model, tok, prompts, max_new, pick, generator, bar):
-    """One batch of `sample`; `bar` counts its tokens. The prompts' common opening goes through the
+def _decode(model, tok, prompts, uniform_BT, pick, bar):
+    """One batch of `sample`; `bar` counts its tokens, uniform_BT: the numbers that draw them. The prompts' common opening goes through the
     model once. Their rest needs no mask: the padding stands to the right of the text."""
-    where, B = model.device, len(prompts)
-    uniform_BT = torch.rand(B, max_new, generator=generator, dtype=torch.float64).to(where)
+    where, (B, max_new) = model.device, uniform_BT.shape
+    uniform_BT = uniform_BT.to(where)
     length_B = torch.tensor(list(map(len, prompts)), device=where)
     P = max(map(len, prompts))
     shared, cache = shared_opening(model, prompts, _kv_cache(model, P + max_new))

@@ -5,7 +5,8 @@ import io
 import json
 from pathlib import Path
 
-from engine import progress
+from engine import parallel, progress
+from engine.batching import chunks
 from engine.run import (TRUTH, brief, check_fields, die, locate, parse_json, read_log, read_text,
                         short)
 
@@ -90,18 +91,32 @@ def rows_by_id(path, *keys, heal=True):
 def append_missing(path, batches, work):
     """Append to the JSONL file `path` the rows (dicts with `id`) that it lacks. batches: lists of
     items with `id`; work(number, batch) gives a batch's rows. They depend on each other, so one
-    missing id means the whole batch again: a killed run that goes on ends with the same bytes."""
-    done, name = set(rows_by_id(path)), f"{path.parent.name}/{path.name}"
-    with (open(path, "a", encoding="utf-8") as f,
-          progress.bar(sum(map(len, batches)), name, "row") as bar):
-        for number, batch in enumerate(batches):
-            if not done.issuperset(item["id"] for item in batch):
-                for row in work(number, batch):
+    missing id means the whole batch again: a killed run that goes on ends with the same bytes.
+    Several processes each take one batch at a time, whole, so that it gives the same rows."""
+    done, name, missing = set(rows_by_id(path)), f"{path.parent.name}/{path.name}", []
+    for number, batch in enumerate(batches):
+        if not done.issuperset(item["id"] for item in batch):
+            missing.append((number, batch))
+
+    def append(found):
+        with open(path, "a", encoding="utf-8") as f:
+            for number in sorted(found):
+                for row in found[number]:
                     if row["id"] not in done:
                         f.write(json.dumps(row) + "\n")
                         done.add(row["id"])
-                f.flush()
-            bar.update(len(batch))
+
+    parallel.once(append, {})  # so that there is a file
+    with progress.bar(sum(len(batch) for _, batch in missing), name, "row") as bar:
+        for some in chunks(missing, parallel.number_of()):
+            found = {}
+            for k in parallel.mine([1] * len(some)):
+                number, batch = some[k]
+                with parallel.alone():
+                    found[number] = work(number, batch)
+            parallel.once(append, parallel.gather(found))
+            for _, batch in some:
+                bar.update(len(batch))
 
 
 def load_seeds(source, split=None, longest=LONGEST):

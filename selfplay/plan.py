@@ -3,7 +3,7 @@ import types
 
 import torch
 
-from engine import cost, memory
+from engine import cost, memory, parallel
 from selfplay.turns import longest_prompts
 
 USABLE = 0.95  # of a card's memory: the driver and the CUDA context have the rest
@@ -27,6 +27,7 @@ def plan_run(constants, config, tok, judges, judge_tokens, size, seeds, attacked
         gpu, free, where = True, USABLE * card[1].memory * memory.GB, f"{card[0]} when it is empty"
     players = 2 if c.ADAPTERS == "per_role" else 1
     how = dict(rank=c.LORA_RANK, nf4=c.BASE_QUANT == "nf4")
+    shares = parallel.number_of() if c.SHARD == "fsdp" else 1
 
     def plan(together, checkpointing):
         turns = {}
@@ -36,7 +37,7 @@ def plan_run(constants, config, tok, judges, judge_tokens, size, seeds, attacked
                 turns[name] = (min(together, most[name]), prompt, new)
         return memory.plan(shape, judges, size, c.OPTIMIZER, turns, c.TRAIN_TOKENS, judge_tokens,
                            eager=not gpu, checkpointing=checkpointing, players=players,
-                           reference=c.REFERENCE, **how)
+                           reference=c.REFERENCE, shares=shares, **how)
 
     together, checkpointing = c.SAMPLE_BATCH, c.CHECKPOINTING == "on"
     slots = gpu and c.ROLLOUT in ("auto", "slots")  # they take fewer rows at a time if they must

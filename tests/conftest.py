@@ -52,9 +52,9 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "RUNS", tmp_path / "results" / "runs")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts").symlink_to(run.PROMPTS)
+    monkeypatch.setattr(run, "CHECKPOINTS", tmp_path / "checkpoints")
     for name in ("01_sft_warmup", "02_selfplay_rl"):
         stage = import_stage(name)
-        monkeypatch.setattr(stage, "CHECKPOINTS", tmp_path / "checkpoints")
         keep_constants(monkeypatch, stage)
     return tmp_path
 

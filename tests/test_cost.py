@@ -5,6 +5,7 @@ import torch
 from helpers import import_stage, stops
 
 from engine import cost, memory, models
+from selfplay import session
 from selfplay.data import load_seeds
 
 rl = import_stage("02_selfplay_rl")
@@ -72,13 +73,13 @@ def here(tiny_models, monkeypatch):
 
 def test_a_plan_for_a_card_elsewhere(here, monkeypatch, capsys):
     monkeypatch.setattr(rl, "CARD", "RTX 3090")
-    rl.plan_memory(here, SEEDS)
+    session.plan_memory(vars(rl), here, SEEDS)
     memory_line, time_line, disk_line = capsys.readouterr().out.splitlines()[-3:]
     assert memory_line.endswith("22.8 GB free on RTX 3090 when it is empty")
     assert time_line.startswith("time: ") and "by arithmetic" in time_line
     assert disk_line.startswith("disk: ") and disk_line.endswith("GB of checkpoints")
     monkeypatch.setattr(rl, "CARD", "")
-    rl.plan_memory(here, SEEDS)
+    session.plan_memory(vars(rl), here, SEEDS)
     assert "time: " not in capsys.readouterr().out
 
 
@@ -89,13 +90,13 @@ def test_slots_are_as_many_as_fit(here, monkeypatch, capsys):
     monkeypatch.setattr(memory, "check", lambda rows, *a: seen.append(rows) or real(rows, *a))
     monkeypatch.setattr(rl, "CARD", "RTX 3090")
     monkeypatch.setattr(rl, "TRAIN_TOKENS", 64)
-    rl.plan_memory(here, SEEDS)
+    session.plan_memory(vars(rl), here, SEEDS)
     small, need = 0.9 * memory.peak(seen[-1])[0] / memory.GB, {}
     for gb in (24, small):
         monkeypatch.setitem(cost.CARDS, "RTX 3090", cost.Card(gb, 1, 100))
         for rollout in ("auto", "plain"):
             monkeypatch.setattr(rl, "ROLLOUT", rollout)
-            rl.plan_memory(here, SEEDS)
+            session.plan_memory(vars(rl), here, SEEDS)
             need[gb, rollout] = sum(r.bytes for r in seen[-1] if r.name == "key/value cache")
     assert need[24, "auto"] == need[24, "plain"] == need[small, "plain"]
     assert need[24, "auto"] > need[small, "auto"] > 0
@@ -142,4 +143,4 @@ def test_a_visiting_model_goes_home_without_a_copy(loaded):
 def test_constants_that_exclude_one_another_stop_at_once(monkeypatch, changes, said):
     for name, value in changes.items():
         monkeypatch.setattr(rl, name, value)
-    assert said in stops(rl.start)
+    assert said in stops(session.start, vars(rl), None)

@@ -78,9 +78,8 @@ def child(stage, words, folder, kill_at, torn, pipe):
     os.dup2(said, 1)
     os.dup2(said, 2)
     run.ROOT, run.RUNS = folder, folder / "results" / "runs"
+    run.CHECKPOINTS = folder / "checkpoints"
     module = import_stage(stage)
-    if isinstance(module.CHECKPOINTS, Path):
-        module.CHECKPOINTS = folder / "checkpoints"
     os.chdir(folder)
     places = []
     watch(folder, places, kill_at, torn)

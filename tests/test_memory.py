@@ -9,6 +9,7 @@ from helpers import KINDS, import_stage, keep_constants, stops
 
 import judge
 from engine import adapters, cost, memory, models, run, sampling
+from selfplay import session
 from selfplay.turns import attacker_prompt, defender_prompt
 
 rl = import_stage("02_selfplay_rl")
@@ -233,7 +234,7 @@ def cuda(monkeypatch):
 
 
 def test_a_plan_is_printed(here, capsys):
-    rl.plan_memory(here, SEEDS)
+    session.plan_memory(vars(rl), here, SEEDS)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("memory: ") and lines[-1].endswith("GB free on the CPU")
     for name in ("policy", "reference", "optimizer master", "judge", "key/value cache",
@@ -244,7 +245,7 @@ def test_a_plan_is_printed(here, capsys):
 def test_a_plan_on_a_small_machine(here, cuda, capsys, monkeypatch):
     """On a CPU a warning, on CUDA the end of the run unless MEMORY_CHECK is off."""
     monkeypatch.setattr(memory, "free_bytes", lambda: (1, "a small device"))
-    rl.plan_memory(here, SEEDS)
+    session.plan_memory(vars(rl), here, SEEDS)
     said = capsys.readouterr().out.splitlines()[-1]
     assert said.startswith("WARNING: will not fit: give a smaller TRAIN_TOKENS")
     assert "smaller MODEL" in said
@@ -252,9 +253,9 @@ def test_a_plan_on_a_small_machine(here, cuda, capsys, monkeypatch):
     for name, value in (("MEMORY_CHECK", False), ("PLAN_ONLY", True)):
         with monkeypatch.context() as m:
             m.setattr(rl, name, value)
-            rl.plan_memory(here, SEEDS)
+            session.plan_memory(vars(rl), here, SEEDS)
         assert "WARNING: will not fit" in capsys.readouterr().out
-    text = stops(rl.plan_memory, here, SEEDS)
+    text = stops(session.plan_memory, vars(rl), here, SEEDS)
     assert text.startswith("error: will not fit (") and "MEMORY_CHECK=false" in text
 
 
@@ -263,7 +264,7 @@ def test_a_plan_without_a_config(here, capsys, monkeypatch, what):
     """No folder, no network: a line, and the run goes on to where it loads the model."""
     if what == "judge":
         monkeypatch.setattr(rl, "JUDGE", "some-org/some-judge")
-    rl.plan_memory(here if what == "judge" else "some-org/some-model", SEEDS)
+    session.plan_memory(vars(rl), here if what == "judge" else "some-org/some-model", SEEDS)
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith("memory: not planned")
 
@@ -285,7 +286,7 @@ def handed(here, monkeypatch):
         with monkeypatch.context() as m:
             for name, value in constants.items():
                 m.setattr(rl, name, value)
-            rl.plan_memory(here, SEEDS)
+            session.plan_memory(vars(rl), here, SEEDS)
         return seen[0]
     return call
 
@@ -348,7 +349,7 @@ def test_plan_only_prints_the_plan_and_loads_nothing(here, capsys, monkeypatch, 
     monkeypatch.setattr(models, "load_model", loads)
     monkeypatch.setattr(judge, "load_judge", loads)
     monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(rl, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(run, "CHECKPOINTS", tmp_path / "checkpoints")
     keep_constants(monkeypatch, rl)
     with pytest.raises(SystemExit) as end:
         rl.main(["PLAN_ONLY=true", "RUN=planned", "STEPS=3"])

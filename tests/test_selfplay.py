@@ -20,6 +20,7 @@ from engine.logprobs import cross_entropy_step, token_logprobs
 from engine.models import load_model
 from engine.optim import OPTIMIZERS, MasterAdamW, cosine_with_warmup
 from judge import Labels, settle
+from selfplay import session
 from selfplay.replay import Pool
 from selfplay.turns import Turn, plain_prompt
 
@@ -625,7 +626,7 @@ def test_replayed_games_come_on_top_of_a_step(monkeypatch, replay, n, replayed):
 
     monkeypatch.setattr(rl, "play", stop)
     pool = filled(n)
-    r = rl.Run(None, None, None, even_harms(), None, pool, some_seeds(40), [], None, [], {}, 0,
+    r = session.Run(None, None, None, even_harms(), None, pool, some_seeds(40), [], None, [], {}, 0,
                None)
     monkeypatch.setattr(rl, "players", lambda r: (None, None))
     with pytest.raises(InterruptedError):
@@ -678,7 +679,7 @@ def test_a_step_of_ssp_remembers_its_failures(loaded, small):
         small.setattr(rl, name, value)
     model, tok = copy.deepcopy(loaded["qwen2"][0]), loaded["qwen2"][1]
     pool = filled(3)
-    r = rl.Run(both(model), loaded["qwen2"][0], tok, even_harms(),
+    r = session.Run(both(model), loaded["qwen2"][0], tok, even_harms(),
                MasterAdamW(model, (0.9, 0.95), 0.0), pool, some_seeds(), [], None, [], {}, 0, None)
     turns, m = rl.one_step(r, 3)
     defended = [t for t in turns if t.role == "defender" and t.kind.endswith("harmful")]
@@ -706,7 +707,7 @@ def test_without_replay_both_methods_sample_the_same_tokens(loaded, small):
     for method in ("self_redteam", "ssp"):
         small.setattr(rl, "METHOD", method)
         model = copy.deepcopy(start)
-        r = rl.Run(both(model), start, tok, even_harms(), MasterAdamW(model, (0.9, 0.95), 0.0),
+        r = session.Run(both(model), start, tok, even_harms(), MasterAdamW(model, (0.9, 0.95), 0.0),
                    Pool(512, 1.0, 0.8), some_seeds(), [], None, [], {}, 0, None)
         turns, m = rl.one_step(r, 3)
         assert ("pool" in m) == (method == "ssp")
@@ -849,7 +850,7 @@ def test_greedy_games_of_dev_seeds(loaded, small):
         return seen[-1]
 
     small.setattr(rl, "play", spy)
-    r = rl.Run(both(model), model, tok, even_harms(), None, None, some_seeds(), some_seeds(2),
+    r = session.Run(both(model), model, tok, even_harms(), None, None, some_seeds(), some_seeds(2),
                lambda texts: numpy.eye(len(texts), 9), [], {}, 0, None)
     assert rl.evaluate(r, 7) == {}
     first, again = rl.evaluate(r, 20), rl.evaluate(r, 20)
@@ -864,7 +865,7 @@ def test_texts_that_the_judge_cuts_are_counted_in_the_step(loaded, small):
     model, tok = loaded["qwen2"]
     scorer = judge.Judge(*loaded["mistral"], max_text=4)
     policy = copy.deepcopy(model)
-    r = rl.Run(both(policy), model, tok, scorer, MasterAdamW(model, (0.9, 0.95), 0.0),
+    r = session.Run(both(policy), model, tok, scorer, MasterAdamW(model, (0.9, 0.95), 0.0),
                Pool(512, 1.0, 0.8), some_seeds(), [], None, [], {}, 0, None)
     before = scorer.truncated
     _, m = rl.one_step(r, 0)

@@ -1,0 +1,150 @@
+"""A run of 02: what it works with, new or from its newest checkpoint; its checkpoints and logs.
+
+scope: the globals() of 02, whose constants say what the run is."""
+import collections
+import json
+import sys
+import types
+
+import torch
+
+from engine import adapters, models, parallel, run, shards
+from engine.batching import evenly
+from engine.optim import OPTIMIZERS
+from engine.run import die
+from selfplay import monitor, plan
+from selfplay.data import halves, load_seeds, seeds_digest
+from selfplay.replay import Pool
+from selfplay.turns import read_examples
+
+# What a run works with. policy: {role: model}, one model or two. first: steps that are done
+# already. out: the folder of its results.
+Run = collections.namedtuple(
+    "Run", "policy ref tok scorer optimizer pool seeds dev embed sft inputs first out")
+
+
+def plan_memory(scope, source, seeds):
+    """Print what a step needs in memory and time (selfplay/plan.py); on CUDA, stop if it does not
+    fit -> are gradients to be checkpointed?"""
+    c = types.SimpleNamespace(**scope)
+    policy, judges = models.peek(source), [c.judge.footprint(c.JUDGE, c.QUANTIZE)]
+    if c.METHOD == "ssp" and c.RUBRIC_JUDGE:
+        judges.append(c.judge.footprint(c.RUBRIC_JUDGE, c.QUANTIZE))
+    if not policy or None in judges:
+        print(f"memory: not planned, the config of {c.MODEL} or of the judge is not at hand")
+        return c.CHECKPOINTING == "on"
+    attacked = 0 if c.published_ablation("defender") else round(c.ATTACKED * c.SEEDS_PER_STEP)
+    return plan.plan_run(run.constants(scope), *policy, judges, c.judge.JUDGE_TOKENS,
+                         models.pick_dtype(c.DTYPE).itemsize, seeds, attacked)
+
+
+def start(scope, load_embedder):
+    """Load all that a run works with: new, or from the newest checkpoint -> Run. load_embedder: of
+    evaluation.attackers, for (8)."""
+    c = types.SimpleNamespace(**scope)
+    if not c.LORA_RANK and (c.BASE_QUANT, c.ADAPTERS) != ("none", "shared"):
+        die("BASE_QUANT=nf4 and ADAPTERS=per_role are for runs with adapters: give LORA_RANK")
+    if c.REFERENCE == "cpu" and (c.LORA_RANK or c.ROLES != "both"):
+        die("REFERENCE=cpu is for runs in which all weights of both roles learn: an adapter has no "
+            "reference of its own to move, and a frozen role plays with it")
+    if c.SHARD == "fsdp" and (c.LORA_RANK or c.REFERENCE == "cpu" or parallel.number_of() == 1):
+        die("SHARD=fsdp is for runs in several processes in which all weights learn and the "
+            "reference is resident")
+    source = str(run.locate(c.MODEL) or c.MODEL)
+    if c.MODEL == "checkpoints/01_sft" and not run.locate(f"{c.MODEL}/meta.json"):
+        die(f"{c.MODEL} not found: run python 01_sft_warmup.py first")
+    seeds, dev, embed = load_seeds(c.SEEDS, "train"), [], None
+    checkpointing = plan_memory(scope, source, seeds)
+    if c.PLAN_ONLY:
+        sys.exit(0)
+    out = parallel.once(run.claim, scope, run.CHECKPOINTS)
+    resumed, first = run.newest_checkpoint(run.CHECKPOINTS / c.RUN), 0
+    if resumed:
+        first = int(resumed.name.removeprefix("step_"))
+    elif (steps := monitor.last_step(out / "metrics.csv")) > c.SAVE_EVERY:
+        die(f"{run.short(out)} has {steps} steps, checkpoints/{c.RUN} is gone: move one, or RUN=")
+    if first > c.STEPS:
+        die(f"checkpoints/{c.RUN} has {first} steps already, more than STEPS={c.STEPS}: "
+            "RUN= another")
+    sft_file = run.locate(c.SFT or f"{source}/defender.jsonl")
+    if c.SFT and not sft_file:
+        die(f"SFT={c.SFT} not found: python 01_sft_warmup.py writes such a file")
+    rubric = c.RUBRIC_JUDGE if c.METHOD == "ssp" else ""
+    inputs = dict(MODEL=models.fingerprint(source), JUDGE=c.judge.fingerprint(c.JUDGE),
+                  RUBRIC_JUDGE=c.judge.fingerprint(rubric), SEEDS=seeds_digest(c.SEEDS),
+                  SFT=run.file_digest(sft_file),
+                  prompts=run.file_digest(*run.PROMPTS.glob("*.txt")))
+    if resumed:
+        run.check_resume(scope, resumed, inputs)
+        parallel.once(run.drop_old_states, resumed)  # killed while it saved, it may have two
+    scorer = c.judge.load_judge(c.JUDGE, c.QUANTIZE, rubric=rubric,
+                              max_text=c.judge.text_limit(c.ATTACK_TOKENS, c.REPLY_TOKENS))
+    c.judge.check(scorer, c.JUDGE_FLOOR)
+    ref, tok = models.load_model(source, c.DTYPE, quantize=c.BASE_QUANT == "nf4")
+    ref.requires_grad_(False)
+    if c.REFERENCE == "cpu":
+        ref.to("cpu")
+    if c.LORA_RANK:  # one set of weights; a resumed adapter comes with the optimizer's state
+        model = adapters.share(ref)
+    else:
+        model, _ = models.load_model(str(resumed or source), c.DTYPE)
+    adapters.choose_weights(model, c.LORA_RANK, c.LORA_ALPHA, c.SEED)
+    if checkpointing:
+        models.checkpoint_gradients(model)
+    for each in (model, ref) if c.SHARD == "fsdp" else ():
+        shards.shard(each)
+    policy, learning = dict(attacker=model, defender=model), model
+    if c.ADAPTERS == "per_role":
+        policy["attacker"] = adapters.share(model)
+        learning = torch.nn.ModuleList(policy.values())
+    optimizer = OPTIMIZERS[c.OPTIMIZER](learning, (0.9, 0.95), 0.0)
+    sft, pool = read_examples(sft_file, tok, c.SFT_KINDS, c.COT), ""
+    if not c.draw_seeds(seeds, 0):
+        die("ROLES=attacker plays attacked games only, and ATTACKED leaves none")
+    if not c.RL_COEF and not (sft and c.SFT_COEF):
+        die("RL_COEF=0 trains the SFT mix alone, and there is none: give SFT= or SFT_COEF=")
+    if c.EVAL_EVERY:
+        embed = load_embedder("")
+        for half in halves(load_seeds(c.SEEDS, "dev")):
+            dev += evenly(half, c.EVAL_SEEDS)
+    if resumed:
+        optimizer.restore(models.read_tensors(resumed / "state.safetensors"))
+        if c.METHOD == "ssp":
+            file = resumed / "pool.jsonl"
+            pool = run.read_text(file) or die(f"{run.short(file)}: empty: delete that step")
+        before = run.read_json(resumed / "meta.json").get("processes", 1)
+        now = parallel.number_of()
+        print(f"resumed from {run.short(resumed)}"
+              + (f", made by {before} processes, now {now}" if before != now else ""))
+    pool = Pool(c.POOL_SIZE, c.UCB_C, c.MASTERED, pool)
+    return Run(policy, ref, tok, scorer, optimizer, pool, seeds, dev, embed, sft, inputs, first,
+               out)
+
+
+def save(scope, r, step, state):
+    """checkpoints/RUN/step_NNNNNN: model, tokenizer, optimizer, pool, meta.json; with ADAPTERS
+    "per_role" the model is the defender, and attacker/ the other adapter. state: the
+    optimizer's."""
+    c = types.SimpleNamespace(**scope)
+    meta = dict(run.make_meta(scope, c.MODEL), step=step, inputs=r.inputs,
+                processes=parallel.number_of())
+    files = {"pool.jsonl": r.pool.text()} if c.METHOD == "ssp" else {}
+    attacker = r.policy["attacker"] if c.ADAPTERS == "per_role" else None
+    models.save_checkpoint(run.CHECKPOINTS / c.RUN / f"step_{step:06d}", r.policy["defender"], r.tok,
+                           meta, state, files, attacker)
+    monitor.write_curves(r.out, r.pool if c.METHOD == "ssp" else None)
+
+
+def begin(r, meta):
+    """The run's meta.json; its logs lose what a killed run wrote after its last checkpoint."""
+    run.write_meta(r.out, meta)
+    monitor.truncate_metrics(r.out / "metrics.csv", r.first)
+    run.truncate_log(r.out / "games.jsonl", r.first, lambda line: json.loads(line)["step"])
+
+
+def record(r, step, turns, m, tracker):
+    """A step's games and metrics, into the run's results."""
+    rows = monitor.game_rows(step, turns)
+    monitor.write_games(r.out / "games.jsonl", rows)
+    monitor.write_metrics(r.out / "metrics.csv", m)
+    tracker.log(step, m, rows)
