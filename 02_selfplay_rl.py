@@ -441,6 +441,8 @@ def one_step(r, step):
         rewards = [game_reward("defender", t.kind, t.labels, "ssp") for t in defended]
         m.update(r.pool.remember(games, defended, rewards))
     m.update(learn(r.policy, r.ref, r.optimizer, turns, r.sft, step))                   # (6)-(7)
+    if parallel.number_of() > 1:
+        m["imbalance"] = parallel.imbalance(batches_of(turns), sizes(turns))
     m.update(parallel.total(dict(seconds=time.time() - began, play_s=played - began,
                                  gb=run.peak_gb()), most=("seconds", "play_s", "gb")))
     return turns, m

@@ -83,17 +83,20 @@ def mine(sizes):
 
 def share(batches, sizes):
     """Those of the batches (lists of indices into `sizes`) that this process does."""
+    return [batches[k] for k in mine(_work(batches, sizes))]
+
+
+def _work(batches, sizes):
     work = []
     for batch in batches:
         work.append(sum(sizes[i] for i in batch))
-    return [batches[k] for k in mine(work)]
+    return work
 
 
-def imbalance(sizes):
-    """Work of the process that has the most, over the mean; 1 is best."""
-    loads = []
-    for share_of_one in deal(sizes):
-        loads.append(sum(sizes[i] for i in share_of_one))
+def imbalance(batches, sizes):
+    """Work of the process that has the most by share(), over the mean; 1 is best."""
+    work = _work(batches, sizes)
+    loads = _work(deal(work), work)
     return max(loads) * len(loads) / max(1, sum(loads))
 
 

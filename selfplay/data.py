@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 from engine import parallel, progress
-from engine.batching import chunks
 from engine.run import (TRUTH, brief, check_fields, die, locate, parse_json, read_log, read_text,
                         short)
 
@@ -108,7 +107,9 @@ def append_missing(path, batches, work):
 
     parallel.once(append, {})  # so that there is a file
     with progress.bar(sum(len(batch) for _, batch in missing), name, "row") as bar:
-        for some in chunks(missing, parallel.number_of()):
+        n = parallel.number_of()
+        for first in range(0, len(missing), n):
+            some = missing[first:first + n]
             found = {}
             for k in parallel.mine([1] * len(some)):
                 number, batch = some[k]

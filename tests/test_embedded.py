@@ -229,8 +229,3 @@ def test_the_second_judge_is_another_one_and_small(capsys):
     with capsys.disabled():
         print(f"\nembedded2: {line}")
     assert score >= 0.6
-
-
-def test_the_candidate_is_above_the_floor():
-    folder = judge.ADAPTER / "candidate"
-    assert judge.probe(judge.load_judge(str(folder)))[0] >= selfplay.JUDGE_FLOOR

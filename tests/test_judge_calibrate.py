@@ -2,9 +2,11 @@
 cross-fitted figures."""
 import json
 
+import numpy
 import pytest
 import torch
 from helpers import stops
+from sklearn.metrics import f1_score
 
 import judge
 from judge import FIELDS
@@ -153,3 +155,29 @@ def test_the_picture_is_drawn(tmp_path, missing):
     assert set(labels) == set(FIELDS) - set(missing)
     score.draw_reliability(tmp_path / "x.png", labels)
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# ---- thresholds ----------------------------------------------------------------------------------
+
+def scores_of(n, shift, seed=0):
+    """Labels and numbers in [0, 1] that tell them apart best at 0.5 + shift."""
+    rng = numpy.random.default_rng(seed)
+    gold = rng.random(n) < 0.4
+    return gold, numpy.clip(0.5 + shift + (gold - 0.5) * 0.3 + rng.normal(0, 0.1, n), 0, 1)
+
+
+def test_the_threshold_is_half_where_another_is_better_by_chance_only():
+    chosen, best = [], []
+    for seed in range(20):
+        gold, p = scores_of(200, 0.0, seed)
+        chosen.append(calibrate.choose_threshold(gold.tolist(), p.tolist()))
+        best.append(calibrate.best_threshold(gold, p))
+    assert chosen.count(0.5) >= 18 and best.count(0.5) == 0
+
+
+def test_a_threshold_that_is_better_is_taken():
+    gold, p = scores_of(1000, 0.2)
+    best = calibrate.best_threshold(gold, p)
+    assert calibrate.choose_threshold(gold, p) == best and abs(best - 0.7) < 0.1
+    assert calibrate.f1(gold, p > best) == pytest.approx(f1_score(gold, p > best))
+    assert calibrate.f1(gold & False, gold & False) == 0

@@ -1,6 +1,7 @@
 """engine/parallel.py and engine/shards.py: the stages in two processes on a CPU (gloo), beside the
 same run in one."""
 import contextlib
+import csv
 import os
 import signal
 import socket
@@ -84,6 +85,8 @@ def test_two_processes_play_and_learn_as_one(folder, words, tiny_models, how):
         assert said.count("step 005/5") == 1 and said.count("made checkpoints") == 1
     one, two = (folder / "checkpoints" / name / "step_000005" for name in ("one", "two"))
     assert len(games(folder, "one")) >= 40
+    with open(folder / "results/runs/two/metrics.csv", encoding="utf-8") as f:
+        assert all(1 <= float(row["imbalance"]) < 2 for row in csv.DictReader(f))
     assert close(games(folder, "one"), games(folder, "two"))
     assert apart(one, two) < 1e-5
     if not any(word.startswith("LORA") for word in how):
@@ -180,15 +183,16 @@ def test_work_is_dealt_by_size(three):
     shares = parallel.deal(sizes)
     assert sorted(sum(shares, [])) == list(range(6)) and parallel.mine(sizes) == shares[1]
     loads = [sum(sizes[i] for i in share) for share in shares]
-    assert max(loads) <= 12 and parallel.imbalance(sizes) == max(loads) / 11
-    assert parallel.deal([]) == [[], [], []] and parallel.imbalance([]) == 0
+    assert max(loads) <= 12
+    assert parallel.imbalance([[i] for i in range(6)], sizes) == max(loads) / 11
+    assert parallel.deal([]) == [[], [], []] and parallel.imbalance([], []) == 0
     with parallel.alone():
         assert parallel.mine(sizes) == list(range(6)) and parallel.number_of() == 1
     assert parallel.share([[0, 1], [2], [3, 4, 5]], sizes) == [[0, 1]]  # of 14, 1 and 18
 
 
 def test_one_process_does_all_the_work():
-    assert parallel.mine([3, 1]) == [0, 1] and parallel.imbalance([3, 1]) == 1
+    assert parallel.mine([3, 1]) == [0, 1] and parallel.imbalance([[0], [1]], [3, 1]) == 1
     assert parallel.gather({1: 2}) == {1: 2} and parallel.once(max, 1, 2) == 2
     assert parallel.total(dict(a=1)) == dict(a=1)
 
