@@ -89,9 +89,7 @@ class Answers:
         self.arms, self.response_label, self.embed = arms, response_label, embed
 
     def seeds_of(self, arm):
-        """An arm's names, one a random seed."""
-        if arm.startswith("response_"):
-            return [arm]
+        """An arm's names, one a random seed, of those that were evaluated."""
         return [name for name in self.arms if name == arm or name.startswith(f"{arm}_seed")]
 
     def outcomes(self, arm, measure, opinion):
@@ -223,6 +221,8 @@ def measured(claim, answers, opinion):
     """A claim's figures by an opinion; None where an arm is missing. With several random seeds of
     the new arm, `by_seed` has each one's change and sign."""
     names = answers.seeds_of(claim.new), answers.seeds_of(claim.old)
+    if claim.measure in ("exploit", "met"):  # 03 asks those of SEED=0
+        names = [claim.new], [claim.old]
     if claim.measure == "diversity" and opinion != "judge":
         return None  # nobody's opinion
 
