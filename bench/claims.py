@@ -13,8 +13,8 @@
    that is kept is finished: with these files the grid goes on on another machine.
 3. Evaluate by 03: every arm's attacker against every arm's defender, the benchmarks of DATA_DIR,
    and the SSP arms on the attacks that worked in training.
-4. Best response: a final defender is frozen and its attacker trained on, on attacked games only; its
-   success before and after. These attackers stay in checkpoints/ and are never kept.
+4. Best response: a final defender is frozen and its attacker trained on, on attacked games only;
+   its success before and after. These attackers stay in checkpoints/ and are never kept.
 5. Write results/reference/RUN/claims.md and claims.json (bench/verdicts.py has the claims and the
    rule for the verdict), and CARD.md of the adapters that ship.
 

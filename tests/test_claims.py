@@ -117,7 +117,7 @@ def grid(claims, workplace, tiny_models, monkeypatch):
     monkeypatch.setattr(run, "REFERENCE", workplace / "results" / "reference")
     monkeypatch.setattr(models, "unpack_embedded", lambda: Path(tiny_models["qwen2"]))
     monkeypatch.setattr(attackers, "load_embedder", lambda name: embed)
-    monkeypatch.setattr(claims.verdicts, "RESAMPLES", 100)
+    monkeypatch.setattr(claims.verdicts, "RESAMPLES", 2000)
     ran = []
 
     def launch(words):
@@ -493,4 +493,5 @@ def test_the_table_of_what_is_there(claims, grid, capsys, monkeypatch):
 
 
 def test_signed_numbers(claims):
-    assert list(map(claims.verdicts.signed, (.123, -.05, 0, 1))) == ["+.12", "-.05", "+.00", "+1.00"]
+    said = list(map(claims.verdicts.signed, (.123, -.05, 0, 1)))
+    assert said == ["+.12", "-.05", "+.00", "+1.00"]
