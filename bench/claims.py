@@ -24,7 +24,6 @@ differ in 02, not in the warm-up; the SFT mix is left out of 4, since it teaches
 import json
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Literal
@@ -32,6 +31,7 @@ from typing import Literal
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import launcher  # noqa: E402
 import torch  # noqa: E402
 import verdicts  # noqa: E402
 from engine import adapters, batching, models, run  # noqa: E402
@@ -163,37 +163,14 @@ def evaluations(arms, met):
 
 # ---- one arm -------------------------------------------------------------------------------------
 
-def launch(words):
-    """Run a script in a process of its own. One that fails stops the grid."""
-    line = f"python {shlex.join(words)}"
-    print(f"\n{line}", flush=True)
-    done = subprocess.run([sys.executable, *words], cwd=run.ROOT)
-    if done.returncode:
-        die(f"{line} ended with exit code {done.returncode}, see above; then the same command of "
-            "this script goes on from there")
-
-
-def differences(meta, words):
-    """Where the constants in a meta.json are not what a command gives: ["STEPS=40 (now 60)"]."""
-    constants, out = run.read_json(meta, constants=dict)["constants"], []
-    for item in words[1:]:
-        name, _, text = item.partition("=")
-        made = constants.get(name)
-        now = run.TRUTH.get(text.lower()) if type(made) is bool else run.publishable(text)
-        if type(made) in (int, float):
-            now = type(made)(text)
-        if run.publishable(made) != now and name not in ("RUN", "MODEL"):
-            out.append(f"{name}={made} (now {now})")
-    return out
-
-
 def is_kept(arm):
     """Is an arm finished? One that was made by other constants stops."""
     folder = run.ROOT / kept_at(arm)
     run.recover_folder(folder)
     if not (folder / adapters.WEIGHTS).is_file():
         return False
-    other, start = differences(folder / "meta.json", command(arm)), GRID[parts(arm)[0]][0]
+    other = launcher.differences(folder / "meta.json", command(arm))
+    start = GRID[parts(arm)[0]][0]
     began = run.read_json(folder / "meta.json").get("inputs", {}).get("MODEL", "")
     if start and not began.startswith(models.folder_digest(run.ROOT / kept_at(start))):
         other.append(f"another {start}")
@@ -203,34 +180,24 @@ def is_kept(arm):
     return True
 
 
-def last_checkpoint(words):
-    """The folder that a command's run ends with; None while it is not there."""
-    given = dict(word.split("=", 1) for word in words[1:])
-    folder = run.CHECKPOINTS / given["RUN"]
-    if "STEPS" in given:
-        folder /= f"step_{int(given['STEPS']):06d}"
-    whole = (folder / "meta.json").is_file() and not differences(folder / "meta.json", words)
-    return folder if whole else None
-
-
 def train(arm):
     """Run an arm to its end, or go on with it, and keep it."""
     if is_kept(arm):
         print(f"{arm}: finished")
         return
     words = command(arm)
-    if not last_checkpoint(words):
-        launch(words)
-    keep(arm, last_checkpoint(words))
+    if not launcher.last_checkpoint(words):
+        launcher.launch(words)
+    keep(arm, launcher.last_checkpoint(words))
 
 
 def respond(arm):
     """Train a best response against the defender of a kept arm, if that has not been done."""
     words = response_command(arm)
-    if last_checkpoint(words):
+    if launcher.last_checkpoint(words):
         print(f"response_{arm}: finished")
         return
-    launch(words)
+    launcher.launch(words)
     copy_metrics(f"response_{arm}")  # no games: this attacker and its attacks stay here
 
 
@@ -391,7 +358,7 @@ def main(argv):
             if arm in kept:
                 respond(arm)                                                            # (4)
         for words in evaluations(kept, write_met()):
-            launch(words)                                                               # (3) (4)
+            launcher.launch(words)                                                      # (3) (4)
     write_table()                                                                       # (5)
 
 

@@ -127,7 +127,7 @@ def grid(claims, workplace, tiny_models, monkeypatch):
             keep_constants(m, stage)
             stage.main([*words[1:], *SMALL_WORDS[words[0].removesuffix(".py")]])
 
-    monkeypatch.setattr(claims, "launch", launch)
+    monkeypatch.setattr(claims.launcher, "launch", launch)
     argv = ["STEPS=4", "RANK=2", "RESPONSE_STEPS=2", "SEEDS_PER_STEP=4", "LIMIT=2",
             f"JUDGE={tiny_models['mistral']}", f"JUDGE2={tiny_models['llama']}"]
     return types.SimpleNamespace(ran=ran, argv=argv, main=lambda *w: claims.main([*argv, *w]),
@@ -254,7 +254,7 @@ def test_chat_talks_to_a_kept_adapter(grid, monkeypatch, capsys):
 
 
 def test_a_script_that_fails_stops_the_grid(claims, capfd):
-    line = stops(claims.launch, ["02_selfplay_rl.py", "LORA=1"])
+    line = stops(claims.launcher.launch, ["02_selfplay_rl.py", "LORA=1"])
     assert "02_selfplay_rl.py LORA=1 ended with exit code 1" in line
     assert "unknown constant" in capfd.readouterr().err
 
@@ -297,8 +297,9 @@ def share(k):
 
 
 @pytest.fixture
-def made_up(claims, tmp_path):
+def made_up(claims, tmp_path, monkeypatch):
     """Labels with known differences. Attacks: every defender of ARMS against every attacker."""
+    monkeypatch.setattr(claims.verdicts, "RESAMPLES", 2000)
     rate = dict(warmup=40, selfplay=10, selfplay_seed1=14, sft_alone=36, attacker_only=40)
     for defender in ARMS:
         for attacker in ARMS:
