@@ -15,8 +15,9 @@
    and the SSP arms on the attacks that worked in training.
 4. Best response: a final defender is frozen and its attacker trained on, on attacked games only;
    its success before and after. These attackers stay in checkpoints/ and are never kept.
-5. Write results/reference/RUN/claims.md and claims.json (bench/verdicts.py has the claims and the
-   rule for the verdict), and CARD.md of the adapters that ship.
+5. Write results/reference/RUN/claims.md and .json, of SPLIT=test claims_test.md and .json
+   (bench/verdicts.py has the claims and the rule for the verdict), and CARD.md of the adapters
+   that ship.
 
 Choices of ours: an arm without hidden thinking starts from a warm-up without it; random seeds
 differ in 02, not in the warm-up; the SFT mix is left out of 4, since it teaches the defender.
@@ -34,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import launcher  # noqa: E402
 import torch  # noqa: E402
 import verdicts  # noqa: E402
-from engine import adapters, batching, models, run  # noqa: E402
+from engine import adapters, batching, run  # noqa: E402
 from engine.run import die  # noqa: E402
 from evaluation import attackers, publish  # noqa: E402
 from selfplay.data import halves, load_seeds, read_rows  # noqa: E402
@@ -137,6 +138,11 @@ def response_command(arm):
             f"HORIZON={RESPONSE_STEPS}", f"SEEDS_PER_STEP={SEEDS_PER_STEP}"]
 
 
+def results(part):
+    """RUN of an evaluation: the answers to other seeds have another folder."""
+    return RUN + part + ("_test" if SPLIT == "test" else "")
+
+
 def evaluation(run_name, checkpoints, *words):
     """The words that evaluate checkpoints, into results/runs/RUN_NAME."""
     return ["03_evaluate.py", f"RUN={run_name}", f"BASE={MODEL}", f"JUDGE={JUDGE}",
@@ -145,18 +151,17 @@ def evaluation(run_name, checkpoints, *words):
 
 def evaluations(arms, met):
     """Commands of the evaluations of `arms`, all of them finished. met: are there attacks that the
-    SSP arms met?"""
+    SSP arms met? They are asked when all of these arms are there, so that nobody's are missing."""
     same = [f"SPLIT={SPLIT}", f"LIMIT={LIMIT}"]
     data = [f"DATA_DIR={DATA_DIR}"] if DATA_DIR else []
-    out = [evaluation(RUN, [MODEL, *map(kept_at, arms)], *same, *data)]
-    ssp = [kept_at(arm) for arm in SSP_ARMS if arm in arms]
-    if ssp and met:
-        out.append(evaluation(f"{RUN}_met", ssp, f"SEEDS={met_file()}", "SPLIT=dev",
-                              "CROSSPLAY=none"))
+    out = [evaluation(results(""), [MODEL, *map(kept_at, arms)], *same, *data)]
+    if met and set(SSP_ARMS) <= set(arms):
+        out.append(evaluation(f"{RUN}_met", map(kept_at, SSP_ARMS), f"SEEDS={met_file()}",
+                              "SPLIT=dev", "CROSSPLAY=none"))
     targets = [arm for arm in RESPONSES if arm in arms]
     if targets:
         runs = ",".join(f"checkpoints/{run_of(f'response_{arm}')}" for arm in targets)
-        out.append(evaluation(f"{RUN}_response", map(kept_at, targets), *same,
+        out.append(evaluation(results("_response"), map(kept_at, targets), *same,
                               f"CROSSPLAY={runs}"))
     return out
 
@@ -169,12 +174,7 @@ def is_kept(arm):
     run.recover_folder(folder)
     if not (folder / adapters.WEIGHTS).is_file():
         return False
-    other = launcher.differences(folder / "meta.json", command(arm))
-    start = GRID[parts(arm)[0]][0]
-    began = run.read_json(folder / "meta.json").get("inputs", {}).get("MODEL", "")
-    if start and not began.startswith(models.folder_digest(run.ROOT / kept_at(start))):
-        other.append(f"another {start}")
-    if other:
+    if other := launcher.differences(folder / "meta.json", command(arm)):
         die(f"{run.short(folder)} was made with {', '.join(other)}: move it, or give another "
             "ADAPTERS_DIR=")
     return True
@@ -281,10 +281,10 @@ def read_answers(arms, embed):
     labels = {}
     for arm in RESPONSES:
         labels[arm] = f"{run_of(f'response_{arm}')}/step_{RESPONSE_STEPS:06d}"
-    folder = run.RUNS / f"{RUN}{limit}"
+    folder = run.RUNS / f"{results('')}{limit}"
     there = [arm for arm in arms if (folder / arm / "attacks.jsonl").is_file()]
-    return verdicts.Answers(folder, run.RUNS / f"{RUN}_response{limit}", run.RUNS / f"{RUN}_met",
-                            there, labels, embed)
+    return verdicts.Answers(folder, run.RUNS / f"{results('_response')}{limit}",
+                            run.RUNS / f"{RUN}_met", there, labels, embed)
 
 
 def write_card(arm, answers):
@@ -330,14 +330,15 @@ def write_table():
     missing = [arm for arm in arms if arm not in answers.arms]
     about = (f"{len(answers.arms)} of {len(arms)} arms, {STEPS} steps of {SEEDS_PER_STEP} seeds, "
              f"rank {RANK}, split {SPLIT}. Not evaluated: {', '.join(missing) or 'none'}.")
-    rows = verdicts.write(run.REFERENCE / RUN, answers, (JUDGE, JUDGE2), about)
+    file = run.REFERENCE / RUN / ("claims_test.md" if SPLIT == "test" else "claims.md")
+    rows = verdicts.write(file, answers, (JUDGE, JUDGE2), about)
     for arm in SHIPPED:
         if (run.ROOT / kept_at(arm) / adapters.WEIGHTS).is_file():
             write_card(arm, answers)
     print(f"\n{about}")
     for row in rows:
         print(f"{row['opinions']['judge']['word']:12s} {row['text']} ({row['measure']})")
-    print(f"made {run.short(run.REFERENCE / RUN)}/claims.md")
+    print(f"made {run.short(file)}")
 
 
 def main(argv):

@@ -5,7 +5,7 @@ import shlex
 import subprocess
 import sys
 
-from engine import run
+from engine import models, run
 from engine.run import die
 
 
@@ -20,15 +20,21 @@ def launch(words):
 
 
 def differences(meta, words):
-    """Where the constants in a meta.json are not what a command gives: ["STEPS=40 (now 60)"]."""
-    constants, out = run.read_json(meta, constants=dict)["constants"], []
+    """Where a meta.json is not of a command: constants (["STEPS=40 (now 60)"]), or MODEL, if that
+    is a folder, by its content."""
+    made_by = run.read_json(meta, constants=dict)
+    constants, out = made_by["constants"], []
     for item in words[1:]:
         name, _, text = item.partition("=")
         made = constants.get(name)
         now = run.TRUTH.get(text.lower()) if type(made) is bool else run.publishable(text)
         if type(made) in (int, float):
             now = type(made)(text)
-        if run.publishable(made) != now and name not in ("RUN", "MODEL"):
+        if name == "MODEL":
+            began = made_by.get("inputs", {}).get("MODEL", "")
+            if not began.startswith(models.folder_digest(run.ROOT / text)):
+                out.append(f"other content of {text}")
+        elif run.publishable(made) != now and name != "RUN":
             out.append(f"{name}={made} (now {now})")
     return out
 

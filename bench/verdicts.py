@@ -262,17 +262,17 @@ def judge_claims(answers):
     return rows
 
 
-def signed(x):
-    """+.12 or -.03."""
-    return f"{x:+.2f}".replace("0.", ".")
+def short(x, sign=""):
+    """.12; with sign "+": +.12 or -.03."""
+    return f"{x:{sign}.2f}".replace("0.", ".")
 
 
-def cell(figures):
-    """An opinion in the table: the change with its interval, and the word."""
+def interval(figures):
+    """The change by an opinion, with its interval."""
     if "change" not in figures:
         return "-"
-    return (f"{signed(figures['change'])} [{signed(figures['low'])}, {signed(figures['high'])}] "
-            f"{figures['word']}")
+    change, low, high = [short(figures[name], "+") for name in ("change", "low", "high")]
+    return f"{change} [{low}, {high}]"
 
 
 def markdown(rows, judges):
@@ -282,22 +282,25 @@ def markdown(rows, judges):
             "by the matcher"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
-        own, spread, levels = row["opinions"]["judge"], "-", "-"
+        own, spread, rates = row["opinions"]["judge"], "-", "-"
         if "change" in own:
-            levels = f"{own['old']:.2f} -> {own['new']:.2f} ({own['n']})"
+            rates = f"{short(own['old'])} -> {short(own['new'])} ({own['n']})"
             if row["measure"] == "diversity":
-                levels += f", {100 * own['change'] / own['old']:+.1f} %"
+                rates += f", {100 * own['change'] / own['old']:+.1f} %"
         if "by_seed" in own:
             changes, good = [x for x, _ in own["by_seed"]], 0
             for _, sign in own["by_seed"]:
                 good += sign > 0
-            spread = (f"{signed(min(changes))} to {signed(max(changes))}; alone "
+            spread = (f"{short(min(changes), '+')} to {short(max(changes), '+')}; alone "
                       f"{good} of {len(changes)} hold")
-        by = [cell(row["opinions"][opinion]) for opinion in OPINIONS]
+        others = []
+        for opinion in OPINIONS[1:]:
+            figures = row["opinions"][opinion]
+            others.append(f"{interval(figures)} {figures['word']}")
         arms = f"{row['new']} against {row['old']}: {MEASURES.get(row['measure'], row['measure'])}"
         lines.append("| " + " | ".join([
-            row["text"], arms, row["paper"], levels, by[0].removesuffix(own["word"]).strip(),
-            spread, f"**{own['word']}**", by[1], by[2]]) + " |")
+            row["text"], arms, row["paper"], rates, interval(own), spread,
+            f"**{own['word']}**", *others]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -311,13 +314,13 @@ def levels(answers, arm):
     return out
 
 
-def write(folder, answers, judges, about):
-    """claims.md and claims.json in `folder`. about: what the figures rest on, for both files."""
+def write(file, answers, judges, about):
+    """The table, as Markdown in `file` and as JSON beside it. about: what the figures rest on."""
     rows = judge_claims(answers)
     rule = (f"Family of {len(CLAIMS)} claims, Holm, level {LEVEL}; a rate is kept if it loses less "
             f"than {MARGIN}.")
-    folder.mkdir(parents=True, exist_ok=True)
-    run.write_text(folder / "claims.md", f"{about} {rule}\n\n{markdown(rows, judges)}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    run.write_text(file, f"{about} {rule}\n\n{markdown(rows, judges)}")
     data = dict(about=about, rule=rule, judges=judges, claims=rows)
-    run.write_text(folder / "claims.json", json.dumps(data, indent=1))
+    run.write_text(file.with_suffix(".json"), json.dumps(data, indent=1))
     return rows

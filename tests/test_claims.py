@@ -226,7 +226,7 @@ def test_the_grid_from_nothing_then_again(grid, capsys, claims, monkeypatch):
     line = stops(grid.main, "ARMS=selfplay", "STEPS=6")
     assert "adapters/selfplay was made with STEPS=4 (now 6)" in line
     (grid.root / "adapters/warmup/adapter_model.safetensors").write_bytes(b"another")
-    assert "another warmup" in stops(grid.main, "ARMS=selfplay")
+    assert "other content of adapters/warmup" in stops(grid.main, "ARMS=selfplay")
 
 
 def test_chat_talks_to_a_kept_adapter(grid, monkeypatch, capsys):
@@ -488,11 +488,34 @@ def test_the_table_of_what_is_there(claims, grid, capsys, monkeypatch):
     assert len(lines) == len(claims.verdicts.CLAIMS)
     words = [re.search(r"\*\*([a-z ]+)\*\*", line)[1] for line in lines]
     [kept] = [x for x in lines if "selfplay against warmup: benign" in x]
-    assert "**holds**" in kept and ".90 -> 0.90 (60)" in kept and "+.00 [+.00, +.00]" in kept
+    assert "**holds**" in kept and "| .90 -> .90 (60) |" in kept and "+.00 [+.00, +.00]" in kept
     assert words.count("not run") == len(words) - 1
     assert {line.count("|") for line in lines} == {10}
 
 
 def test_signed_numbers(claims):
-    said = list(map(claims.verdicts.signed, (.123, -.05, 0, 1)))
-    assert said == ["+.12", "-.05", "+.00", "+1.00"]
+    said = [claims.verdicts.short(x, "+") for x in (.123, -.05, 0, 1)]
+    assert said == ["+.12", "-.05", "+.00", "+1.00"] and claims.verdicts.short(.9) == ".90"
+
+
+def test_attacks_that_ssp_met_are_seeds_for_03(claims, grid):
+    from selfplay.data import halves, load_seeds
+    assert not claims.write_met() and not (run.ROOT / claims.met_file()).exists()
+    for arm in claims.SSP_ARMS:
+        folder = run.REFERENCE / "claims" / arm
+        folder.mkdir(parents=True)
+        write_jsonl(folder / "met.jsonl", [dict(id=f"{arm}-0", prompt=f"<{arm}>", harmful=True,
+                                                split="dev")])
+    assert claims.write_met()
+    harmful, benign = halves(load_seeds(claims.met_file(), "dev"))
+    assert [seed["id"] for seed in harmful] == ["ssp_off-0", "ssp_plain-0", "ssp_reflect-0"]
+    assert len(benign) == claims.BENIGN
+    met = [words[1] for words in claims.evaluations(claims.grid(), True)]
+    assert met == ["RUN=claims", "RUN=claims_met", "RUN=claims_response"]
+    assert "RUN=claims_met" not in [w[1] for w in claims.evaluations(["ssp_plain"], True)]
+    assert "RUN=claims_met" not in [w[1] for w in claims.evaluations(claims.grid(), False)]
+
+
+def test_the_test_split_has_folders_of_its_own(claims, capsys):
+    runs = [words[1] for words in planned(claims, capsys, "SPLIT=test") if words[0][:2] == "03"]
+    assert runs == ["RUN=claims_test", "RUN=claims_met", "RUN=claims_response_test"]
