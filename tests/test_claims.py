@@ -325,6 +325,7 @@ def row_of(rows, new, old, measure):
 
 def test_a_claim_that_holds_one_that_does_not_one_that_cannot_tell(claims, made_up):
     rows = claims.verdicts.judge_claims(made_up)
+    assert list(made_up.outcomes("selfplay", "attacked", "judge").columns) == list(ARMS)
     attacked = row_of(rows, "selfplay", "sft_alone", "attacked")
     own = attacked["judge"]
     assert own["word"] == attacked["judge2"]["word"] == attacked["matcher"]["word"] == "holds"
