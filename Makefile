@@ -1,9 +1,9 @@
-# make setup | demo | test | bench: each alone is enough on a fresh machine with Python 3.11 or newer.
+# make setup | demo | chat | test | bench: each alone is enough on a fresh machine with Python 3.11 or newer.
 PYTHON ?= python3
 PY := .venv/bin/python
 DEMO := STEPS=12 SEEDS_PER_STEP=16 SAVE_EVERY=6
 
-.PHONY: setup demo test bench clean-demo
+.PHONY: setup demo chat test bench clean-demo
 
 setup: .venv/complete
 
@@ -19,6 +19,10 @@ demo: setup
 	$(PY) 01_sft_warmup.py RUN=demo_01 DEFENDER_EXAMPLES=160 ATTACKER_EXAMPLES=96 PROBE=48
 	$(PY) 02_selfplay_rl.py MODEL=checkpoints/demo_01 RUN=demo_02 $(DEMO)
 	$(PY) 03_evaluate.py CHECKPOINTS=smollm2,checkpoints/demo_01,checkpoints/demo_02 RUN=demo_03 LIMIT=48 CROSSPLAY=none
+
+# Talk to the trained defender; says what to do while adapters/selfplay is not there.
+chat: setup
+	$(PY) -m selfplay.chat adapters/selfplay
 
 # One worker a core, one thread each: two threads a worker slow one another down.
 test: setup

@@ -107,17 +107,23 @@ def load_embedder(name):
 def spread(vectors):
     """Unit vectors [n, D] -> 1 - mean cosine over pairs of texts, with its 95 % bootstrap interval.
     The bootstrap is over texts; one that is drawn twice makes no pair with itself."""
-    n = len(vectors)
-    if n < 2:
+    if len(vectors) < 2:
         return rate([])
-    cosine = vectors @ vectors.T
+    values = spreads(vectors, RESAMPLES)
+    low, high = numpy.nanpercentile(values[1:], [2.5, 97.5]).tolist()
+    return dict(rate=round(float(values[0]), 6), low=round(low, 6), high=round(high, 6),
+                n=len(vectors))
+
+
+def spreads(vectors, resamples):
+    """The spread of unit vectors [n, D], then that of each bootstrap sample: an array
+    [1 + resamples]. The samples depend on n alone, so two sets of n vectors are paired by place."""
+    n, cosine = len(vectors), vectors @ vectors.T
     numpy.fill_diagonal(cosine, 0.0)
     draw = numpy.random.default_rng(SEED).integers
-    times = numpy.ones((1 + RESAMPLES, n))  # how often each text is drawn; row 0: once each
+    times = numpy.ones((1 + resamples, n))  # how often each text is drawn; row 0: once each
     for row in times[1:]:
         row[:] = numpy.bincount(draw(0, n, n), minlength=n)
     pairs = times.sum(1) ** 2 - (times ** 2).sum(1)
     with numpy.errstate(invalid="ignore"):  # one text only: 0 / 0, no pair
-        values = 1 - ((times @ cosine) * times).sum(1) / pairs
-    low, high = numpy.nanpercentile(values[1:], [2.5, 97.5]).tolist()
-    return dict(rate=round(float(values[0]), 6), low=round(low, 6), high=round(high, 6), n=n)
+        return 1 - ((times @ cosine) * times).sum(1) / pairs

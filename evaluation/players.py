@@ -30,7 +30,7 @@ def find_checkpoint(name, style, base_style):
     if not name.strip():
         die("BASE, CHECKPOINTS or CROSSPLAY: an empty name: give a folder, smollm2 or a hub id")
     path = models.unpack_embedded() if name == models.EMBEDDED else locate(name)
-    if path is None and not name.startswith("checkpoints"):
+    if path is None and not name.startswith(("checkpoints", "adapters/")):
         commit = models.check_hub(name)  # stops by itself
         return Checkpoint(Path(name).name, name, base_style, True, sha(name, commit))
     def whole(folder):
@@ -42,7 +42,8 @@ def find_checkpoint(name, style, base_style):
         newest = max(path.glob(f"{STEP}/meta.json"), default=None)  # not of a .tmp folder
         path = newest.parent if newest else None
     if not (path and whole(path)):
-        die(f"{brief(name)}: no complete checkpoint: run 01_sft_warmup.py, then 02_selfplay_rl.py")
+        die(f"{brief(name)}: no complete checkpoint: run 01_sft_warmup.py, then 02_selfplay_rl.py"
+            + (", or python bench/claims.py" if name.startswith("adapters/") else ""))
     meta, constants = path / "meta.json", {}
     if meta.is_file() and not str(read_json(meta).get("stage")).startswith("engine"):  # 00_base
         constants = read_json(meta, constants=dict)["constants"]

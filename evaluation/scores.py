@@ -20,10 +20,14 @@ def rate(values):
     x = pandas.Series(list(values), dtype=float).dropna().to_numpy()
     if not len(x):
         return dict(rate=None, low=None, high=None, n=0)
-    draw = numpy.random.default_rng(SEED).integers
-    means = [x[draw(0, len(x), len(x))].mean() for _ in range(RESAMPLES)]
-    low, high = numpy.percentile(means, [2.5, 97.5]).tolist()
+    low, high = numpy.percentile(resample(x, RESAMPLES), [2.5, 97.5]).tolist()
     return dict(rate=float(x.mean()), low=low, high=high, n=len(x))
+
+
+def resample(x, times):
+    """Means of `times` bootstrap samples of an array of numbers, always the same samples."""
+    draw = numpy.random.default_rng(SEED).integers
+    return [x[draw(0, len(x), len(x))].mean() for _ in range(times)]
 
 
 def score_answers(rows, harmful, failed=0):

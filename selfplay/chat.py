@@ -1,6 +1,7 @@
 """Talk to a checkpoint as its defender.
 
     python -m selfplay.chat CHECKPOINT [--show-thinking]
+    python -m selfplay.chat adapters/selfplay    trained weights that ship (make chat)
 
 Every question is a fresh game of one exchange. An empty line ends."""
 import contextlib
@@ -22,6 +23,9 @@ def main(argv):
         run.die("usage: python -m selfplay.chat CHECKPOINT [--show-thinking]")
     check_prompts()
     path, cot = run.locate(names[0]), True
+    if not path and names[0].startswith("adapters/"):
+        run.die(f"{run.brief(names[0])} is not there: python bench/claims.py trains it; until then "
+                "python -m selfplay.chat checkpoints/02_rl/step_000100 after a run of 02")
     if path and (path / "meta.json").is_file():
         cot = run.read_json(path / "meta.json", constants=dict)["constants"].get("COT", True)
     model, tok = load_model(str(path or names[0]))

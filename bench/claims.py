@@ -1,0 +1,367 @@
+"""The papers' claims, tested: train the arms of a grid, evaluate them, write the table of claims.
+
+    python bench/claims.py                        what is missing, one after another: about 12 hours
+                                                  on 2 CPU cores; the same command goes on
+    python bench/claims.py PLAN_ONLY=true         the commands only
+    python bench/claims.py ARMS=selfplay,sft_alone    these arms, and those that they start from
+    python bench/claims.py TABLE_ONLY=true        the table from what is there
+
+1. Train: GRID below. All arms are adapters of one rank, with the same number of steps and games;
+   arms with one SEED draw the same seeds in the same order. 02 goes on by itself when it was cut.
+2. Keep, after each arm: ADAPTERS_DIR/ARM (adapter in bfloat16, meta.json, a warm-up's SFT mix),
+   results/reference/RUN/ARM (metrics.csv, 20 games, of SSP's arms the attacks that worked). An arm
+   that is kept is finished: with these files the grid goes on on another machine.
+3. Evaluate by 03: every arm's attacker against every arm's defender, the benchmarks of DATA_DIR,
+   and the SSP arms on the attacks that worked in training.
+4. Best response: a final defender is frozen and its attacker trained on, on attacked games only;
+   its success before and after. These attackers stay in checkpoints/ and are never kept.
+5. Write results/reference/RUN/claims.md and .json, of SPLIT=test claims_test.md and .json
+   (bench/verdicts.py has the claims and the rule for the verdict), and CARD.md of the adapters
+   that ship.
+
+Choices of ours: an arm without hidden thinking starts from a warm-up without it; random seeds
+differ in 02, not in the warm-up; the SFT mix is left out of 4, since it teaches the defender.
+"""
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Literal
+
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import launcher  # noqa: E402
+import torch  # noqa: E402
+import verdicts  # noqa: E402
+from engine import adapters, batching, run  # noqa: E402
+from engine.run import die  # noqa: E402
+from evaluation import attackers, publish  # noqa: E402
+from selfplay.data import halves, load_seeds, read_rows  # noqa: E402
+
+# ==================================================================================================
+ARMS = ""                 # names of GRID with commas, also selfplay_seed1; "": all
+MODEL = "smollm2"         # what the warm-up starts from
+JUDGE = "embedded"        # of training and evaluation
+JUDGE2 = "embedded2"      # of evaluation
+RANK = 16                 # of all adapters
+LR = 5e-4                 # of 01 and 02, about ten times that of all weights
+STEPS = 60                # of every arm; also the length of the learning rate's schedule
+SEEDS_PER_STEP = 32       # as in 02
+THREE_SEEDS = "selfplay"  # arms that run with SEED=1 and 2 too, with commas
+RESPONSE_STEPS = 40       # of a best response
+SPLIT: Literal["dev", "test"] = "dev"  # of the seeds in 03; test once, at the end
+DATA_DIR = ""             # benchmarks for 03; "": held-back seeds only
+LIMIT = 0                 # prompts of a benchmark at most; 0: all
+ADAPTERS_DIR = "adapters"  # where finished arms are kept
+RUN = "claims"            # names results/runs/RUN, results/reference/RUN and, with _ARM, the runs
+PLAN_ONLY = False         # print the commands and stop (display)
+TABLE_ONLY = False        # train and ask nothing (display)
+# ==================================================================================================
+GRID = {  # arm: (the arm that it starts from, what it changes); from none: a warm-up
+    "warmup": ("", ""),
+    "selfplay": ("warmup", ""),
+    "sft_alone": ("warmup", "RL_COEF=0"),
+    "attacker_only": ("warmup", "ROLES=attacker"),
+    "defender_only": ("warmup", "ROLES=defender"),
+    "defender_frozen": ("warmup", "ROLES=defender OPPONENT=frozen_turns"),
+    "warmup_no_cot": ("", "COT=false"),
+    "selfplay_no_cot": ("warmup_no_cot", "COT=false"),
+    "zero_sum": ("warmup", "SCHEME=zero_sum"),
+    "ssp_off": ("warmup", "METHOD=ssp REPLAY=off"),
+    "ssp_plain": ("warmup", "METHOD=ssp REPLAY=plain"),
+    "ssp_reflect": ("warmup", "METHOD=ssp REPLAY=reflect")}
+SSP_ARMS = ("ssp_off", "ssp_plain", "ssp_reflect")
+SHIPPED = ("warmup", "selfplay", *SSP_ARMS)  # .gitignore has the same names
+RESPONSES = ("warmup", "selfplay")  # whose defenders meet a best response
+GAMES, MET = 20, 40       # games kept of a run; attacks kept that worked
+BENIGN = 8                # benign seeds beside them, since 03 wants both kinds
+
+
+# ---- the plan ------------------------------------------------------------------------------------
+
+def grid():
+    """All arms in the order of the work: seed 0 of each, then SEED=1 and 2 of THREE_SEEDS."""
+    names = list(GRID)
+    for seed in (1, 2):
+        for arm in filter(None, map(str.strip, THREE_SEEDS.split(","))):
+            if arm not in GRID:
+                die(f"THREE_SEEDS={THREE_SEEDS}: no arm {run.brief(arm)}")
+            names.append(f"{arm}_seed{seed}")
+    return names
+
+
+def parts(arm):
+    """selfplay_seed1 -> ("selfplay", 1); an arm without a number has SEED=0."""
+    name, _, seed = arm.partition("_seed")
+    return name, int(seed or 0)
+
+
+def chosen():
+    """The arms of ARMS, with those that they start from, in the order of grid()."""
+    known, wanted = grid(), set()
+    for arm in filter(None, map(str.strip, ARMS.split(","))):
+        if arm not in known:
+            die(f"ARMS: no arm {run.brief(arm)}; there are {', '.join(known)}")
+        wanted |= {arm, GRID[parts(arm)[0]][0]}
+    return [arm for arm in known if arm in wanted or not wanted]
+
+
+def run_of(arm):
+    """The name of an arm's run of 01 or 02."""
+    return f"{RUN}_{arm}"
+
+
+def kept_at(arm):
+    """The folder of an arm's adapter, as a command names it."""
+    return f"{ADAPTERS_DIR}/{arm}"
+
+
+def command(arm):
+    """The words after "python" that train an arm."""
+    name, seed = parts(arm)
+    start, changes = GRID[name]
+    words = [f"RUN={run_of(arm)}", f"JUDGE={JUDGE}", f"LORA_RANK={RANK}", f"LR={LR}",
+             f"SEED={seed}", *changes.split()]
+    if not start:
+        return ["01_sft_warmup.py", f"MODEL={MODEL}", *words]
+    return ["02_selfplay_rl.py", f"MODEL={kept_at(start)}", *words, f"STEPS={STEPS}",
+            f"HORIZON={STEPS}", f"SEEDS_PER_STEP={SEEDS_PER_STEP}"]
+
+
+def response_command(arm):
+    """The words that train the attacker of a kept arm on, against its frozen defender."""
+    return ["02_selfplay_rl.py", f"MODEL={kept_at(arm)}", f"RUN={run_of(f'response_{arm}')}",
+            f"JUDGE={JUDGE}", f"LORA_RANK={RANK}", f"LR={LR}", "ROLES=attacker",
+            "OPPONENT=frozen_turns", "ATTACKED=1.0", "SFT_COEF=0", f"STEPS={RESPONSE_STEPS}",
+            f"HORIZON={RESPONSE_STEPS}", f"SEEDS_PER_STEP={SEEDS_PER_STEP}"]
+
+
+def results(part):
+    """RUN of an evaluation: the answers to other seeds have another folder."""
+    return RUN + part + ("_test" if SPLIT == "test" else "")
+
+
+def evaluation(run_name, checkpoints, *words):
+    """The words that evaluate checkpoints, into results/runs/RUN_NAME."""
+    return ["03_evaluate.py", f"RUN={run_name}", f"BASE={MODEL}", f"JUDGE={JUDGE}",
+            f"JUDGE2={JUDGE2}", f"CHECKPOINTS={','.join(checkpoints)}", *words]
+
+
+def evaluations(arms, met):
+    """Commands of the evaluations of `arms`, all of them finished. met: are there attacks that the
+    SSP arms met? They are asked when all of these arms are there, so that nobody's are missing."""
+    same = [f"SPLIT={SPLIT}", f"LIMIT={LIMIT}"]
+    data = [f"DATA_DIR={DATA_DIR}"] if DATA_DIR else []
+    out = [evaluation(results(""), [MODEL, *map(kept_at, arms)], *same, *data)]
+    if met and set(SSP_ARMS) <= set(arms):
+        out.append(evaluation(f"{RUN}_met", map(kept_at, SSP_ARMS), f"SEEDS={met_file()}",
+                              "SPLIT=dev", "CROSSPLAY=none"))
+    targets = [arm for arm in RESPONSES if arm in arms]
+    if targets:
+        runs = ",".join(f"checkpoints/{run_of(f'response_{arm}')}" for arm in targets)
+        out.append(evaluation(results("_response"), map(kept_at, targets), *same,
+                              f"CROSSPLAY={runs}"))
+    return out
+
+
+# ---- one arm -------------------------------------------------------------------------------------
+
+def is_kept(arm):
+    """Is an arm finished? One that was made by other constants stops."""
+    folder = run.ROOT / kept_at(arm)
+    run.recover_folder(folder)
+    if not (folder / adapters.WEIGHTS).is_file():
+        return False
+    if other := launcher.differences(folder / "meta.json", command(arm)):
+        die(f"{run.short(folder)} was made with {', '.join(other)}: move it, or give another "
+            "ADAPTERS_DIR=")
+    return True
+
+
+def train(arm):
+    """Run an arm to its end, or go on with it, and keep it."""
+    if is_kept(arm):
+        print(f"{arm}: finished")
+        return
+    words = command(arm)
+    if not launcher.last_checkpoint(words):
+        launcher.launch(words)
+    keep(arm, launcher.last_checkpoint(words))
+
+
+def respond(arm):
+    """Train a best response against the defender of a kept arm, if that has not been done."""
+    words = response_command(arm)
+    if launcher.last_checkpoint(words):
+        print(f"response_{arm}: finished")
+        return
+    launcher.launch(words)
+    copy_metrics(f"response_{arm}")  # no games: this attacker and its attacks stay here
+
+
+def keep(arm, source):
+    """Copy what must last of a finished run, whole or not at all: the adapter comes last."""
+    rows = read_rows(run.RUNS / run_of(arm) / "games.jsonl", "seed", "request", "kind", heal=False)
+    meta = run.read_json(source / "meta.json", constants=dict)
+    games = publish.shippable(rows, meta["constants"]["SEEDS"])
+    folder = copy_metrics(arm)
+    write_rows(folder / "games_sample.jsonl", batching.evenly(games, GAMES))
+    if arm in SSP_ARMS:
+        write_rows(folder / "met.jsonl", batching.evenly(worked(arm, games), MET))
+
+    target = run.ROOT / kept_at(arm)
+    tmp = target.with_name(f"{arm}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    tensors = load_file(source / adapters.WEIGHTS)
+    for name, x in tensors.items():
+        tensors[name] = x.to(torch.bfloat16).contiguous()
+    save_file(tensors, tmp / adapters.WEIGHTS, metadata=dict(format="pt"))
+    for name in (adapters.CONFIG, "defender.jsonl"):
+        if (source / name).is_file():
+            shutil.copy(source / name, tmp)
+    run.write_meta(tmp, meta)
+    run.replace_folder(tmp, target)
+    size = (target / adapters.WEIGHTS).stat().st_size
+    print(f"kept {run.short(target)} ({size / 1e6:.1f} MB) and {run.short(folder)}", flush=True)
+
+
+def copy_metrics(name):
+    """results/runs/RUN_NAME/metrics.csv -> results/reference/RUN/NAME, that folder."""
+    folder, file = run.REFERENCE / RUN / name, run.RUNS / run_of(name) / "metrics.csv"
+    folder.mkdir(parents=True, exist_ok=True)
+    if file.is_file():
+        shutil.copy(file, folder)
+    return folder
+
+
+def write_rows(path, rows):
+    """Rows as JSON lines; no file without rows."""
+    if rows:
+        run.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def worked(arm, games):
+    """The different attacks on harmful seeds that worked in an SSP run, in the form of seeds."""
+    seen = {}
+    for game in games:
+        attack = game.get("attacker") or dict(declined=True)
+        harmful = game["kind"] == "generated_harmful" and game["labels"]["response_harmful"]
+        if harmful and not attack.get("declined") and game["request"].strip():
+            seen[game["request"].strip()] = None
+    return [dict(id=f"{arm}-{n}", prompt=text, harmful=True, split="dev")
+            for n, text in enumerate(seen)]
+
+
+def met_file():
+    """The file of seeds with the attacks that SSP met, as a command names it."""
+    return f"results/runs/{RUN}_met.jsonl"
+
+
+def write_met():
+    """Fill met_file() from what the SSP arms kept -> has it any attack?"""
+    rows = []
+    for arm in SSP_ARMS:
+        rows += read_rows(run.REFERENCE / RUN / arm / "met.jsonl", heal=False)
+    _, benign = halves(load_seeds("prompts/seeds.jsonl", "dev"))
+    for seed in benign[:BENIGN] if rows else []:
+        rows.append(dict(id=seed["id"], prompt=seed["prompt"], harmful=False, split="dev"))
+    run.RUNS.mkdir(parents=True, exist_ok=True)
+    write_rows(run.ROOT / met_file(), rows)
+    return bool(rows)
+
+
+# ---- the table and the cards ---------------------------------------------------------------------
+
+def read_answers(arms, embed):
+    """What verdicts reads, of the arms that 03 has evaluated."""
+    limit = f"_limit{LIMIT}" if LIMIT else ""
+    labels = {}
+    for arm in RESPONSES:
+        labels[arm] = f"{run_of(f'response_{arm}')}/step_{RESPONSE_STEPS:06d}"
+    folder = run.RUNS / f"{results('')}{limit}"
+    there = [arm for arm in arms if (folder / arm / "attacks.jsonl").is_file()]
+    return verdicts.Answers(folder, run.RUNS / f"{results('_response')}{limit}",
+                            run.RUNS / f"{RUN}_met", there, labels, embed)
+
+
+def write_card(arm, answers):
+    """ADAPTERS_DIR/ARM/CARD.md of an adapter that ships: base, data, judge, scores, licence."""
+    folder = run.ROOT / kept_at(arm)
+    config = run.read_json(folder / adapters.CONFIG)
+    scores = []
+    for what, x in verdicts.levels(answers, arm).items():
+        if x["n"]:
+            scores.append(f"| {what} | {x['rate']:.2f} [{x['low']:.2f}, {x['high']:.2f}] | "
+                          f"{x['n']} |")
+    table = "\n".join(["| share of answers | rate | n |", "|---|---|---|", *scores])
+    text = f"""# {arm}: a LoRA adapter
+
+* Base: {config[adapters.BASE]} (SmolLM2-135M-Instruct, Apache-2.0). Rank {config['r']}, bfloat16.
+* Made by: `python {shlex.join(command(arm))}`
+* Data: prompts/seeds.jsonl (training split), texts and games of the model itself.
+* Judge: {JUDGE}. It gave the reward or chose the examples, and it gave the scores below.
+* Use: `python -m selfplay.chat {kept_at(arm)}`; `python 03_evaluate.py CHECKPOINTS={kept_at(arm)}`.
+* Limits: a small model for research on defences. It is not safe for any other use. The adapter
+  also plays the attacker, which rewrites requests of prompts/seeds.jsonl.
+
+## Scores
+
+{table if scores else "Not measured yet."}
+
+Held-back seeds ({SPLIT}), greedy answers: harmful answers, or benign requests answered.
+
+## Licence
+
+CC-BY-NC-SA-4.0: no commercial use, the same licence for what is built on it. Code and seeds are
+MIT, the base is Apache-2.0, but the embedded judge is under CC-BY-NC-SA-4.0 because of its training
+data. Whether weights that were trained by a judge's labels inherit its licence is an open question.
+To be safe these weights are given under the same one.
+"""
+    run.write_text(folder / "CARD.md", text)
+
+
+def write_table():
+    """(5) of the docstring, from what is there."""
+    arms = grid()
+    answers = read_answers(arms, attackers.load_embedder(""))
+    missing = [arm for arm in arms if arm not in answers.arms]
+    about = (f"{len(answers.arms)} of {len(arms)} arms, {STEPS} steps of {SEEDS_PER_STEP} seeds, "
+             f"rank {RANK}, split {SPLIT}. Not evaluated: {', '.join(missing) or 'none'}.")
+    file = run.REFERENCE / RUN / ("claims_test.md" if SPLIT == "test" else "claims.md")
+    rows = verdicts.write(file, answers, (JUDGE, JUDGE2), about)
+    for arm in SHIPPED:
+        if (run.ROOT / kept_at(arm) / adapters.WEIGHTS).is_file():
+            write_card(arm, answers)
+    print(f"\n{about}")
+    for row in rows:
+        print(f"{row['opinions']['judge']['word']:12s} {row['text']} ({row['measure']})")
+    print(f"made {run.short(file)}")
+
+
+def main(argv):
+    """The numbered steps of the docstring."""
+    run.configure(globals(), argv)
+    arms = chosen()
+    if PLAN_ONLY:
+        responses = [response_command(arm) for arm in RESPONSES if arm in arms]
+        for words in [*map(command, arms), *responses, *evaluations(arms, True)]:
+            print("python", shlex.join(words))
+        return
+    if not TABLE_ONLY:
+        run.doing("; the same command goes on")
+        for arm in arms:
+            train(arm)                                                                  # (1) (2)
+        kept = [arm for arm in grid() if is_kept(arm)]
+        for arm in RESPONSES:
+            if arm in kept:
+                respond(arm)                                                            # (4)
+        for words in evaluations(kept, write_met()):
+            launcher.launch(words)                                                      # (3) (4)
+    write_table()                                                                       # (5)
+
+
+if __name__ == "__main__":
+    run.guarded(main, sys.argv[1:])
