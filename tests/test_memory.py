@@ -390,3 +390,26 @@ def test_the_readme_has_the_arithmetic(seven):
                                c["LORA_RANK"])
         want += [name, f"{each:.0f}", f"{each * c['STEPS'] / 3600:.0f}", f"{disk / memory.GB:.0f}"]
         assert [cell.strip() for cell in row.split("|")[3:11]] == want
+
+
+def test_shares_of_all_weights_take_less_of_a_card():
+    """FSDP: policy, reference, optimizer and gradients are spread, the judge is not; while it
+    samples or scores, a model is there as a whole."""
+    s = memory.Shape(8_000_000, 6_000_000, 1000, 4, 256, 1024, 4, 2, 64, 4000)
+    judge_of = memory.Shape(1_000_000, 0, 0, 2, 64, 128, 4, 2, 16, 500)
+    turns = dict(attack=(4, 20, 30), reply=(8, 40, 30))
+
+    def rows(shares):
+        return memory.plan(s, [(judge_of, 2, False)], 2, "kahan", turns, 500, 500, eager=False,
+                           shares=shares)
+
+    one, four = rows(1), rows(4)
+    bytes_of = {(r.phase, r.name): r.bytes for r in four}
+    for r in one:
+        spread = r.name in ("policy", "reference", "gradients", "optimizer kahan")
+        assert bytes_of[r.phase, r.name] == (r.bytes // 4 if spread else r.bytes)
+    assert bytes_of["always", "policy"] == 4_000_000
+    for phase in ("attack", "reply", "reference"):
+        assert bytes_of[phase, "the model as a whole"] == 12_000_000
+    # head and embedding (one matrix here), two of four layers, each with its gradient
+    assert bytes_of["learn", "parts as a whole"] == 2 * 2 * (1_024_000 + 6_976_000 // 2)

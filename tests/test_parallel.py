@@ -78,7 +78,7 @@ def moved(tiny_models, checkpoint):
 
 @pytest.mark.parametrize("how", [
     ["METHOD=self_redteam", "UPDATES=1"], ["METHOD=ssp", "UPDATES=3"],
-    ["METHOD=ssp", "LORA_RANK=4", "LR=5e-4"], ["UPDATES=3", "LORA_RANK=4", "ADAPTERS=per_role"]])
+    ["METHOD=ssp", "LORA_RANK=4", "ADAPTERS=per_role", "LR=5e-4"]])
 def test_two_processes_play_and_learn_as_one(folder, words, tiny_models, how):
     for n, name in ((1, "one"), (2, "two")):
         said = start(n, folder, "02_selfplay_rl", *words, *how, f"RUN={name}")
