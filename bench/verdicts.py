@@ -25,7 +25,7 @@ from evaluation.scores import rate, resample
 from selfplay.data import read_rows
 
 RESAMPLES = 10_000        # of a bootstrap: the least p is 2 / 10,001, small enough for Holm
-MARGIN = 0.03             # what a rate may lose and count as kept (issue 23)
+MARGIN = 0.03             # what a rate may lose and count as kept (ours)
 LEVEL = 0.05              # of the family
 LEAST = 20                # prompts
 OPINIONS = ("judge", "judge2", "matcher")

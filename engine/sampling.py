@@ -182,8 +182,9 @@ def _step_mask(config, mask_BL):
 
 
 def _decode(model, tok, prompts, uniform_BT, pick, bar):
-    """One batch of `sample`; `bar` counts its tokens, uniform_BT: the numbers that draw them. The prompts' common opening goes through the
-    model once. Their rest needs no mask: the padding stands to the right of the text."""
+    """One batch of `sample`. uniform_BT: the numbers that draw its tokens, bar: counts them. The
+    prompts' common opening goes through the model once. Their rest needs no mask: the padding
+    stands to the right of the text."""
     where, (B, max_new) = model.device, uniform_BT.shape
     uniform_BT = uniform_BT.to(where)
     length_B = torch.tensor(list(map(len, prompts)), device=where)

@@ -38,10 +38,8 @@ def plan_memory(scope, source, seeds):
                          models.pick_dtype(c.DTYPE).itemsize, seeds, attacked)
 
 
-def start(scope, load_embedder):
-    """Load all that a run works with: new, or from the newest checkpoint -> Run. load_embedder: of
-    evaluation.attackers, for (8)."""
-    c = types.SimpleNamespace(**scope)
+def check_constants(c):
+    """Stop where constants exclude one another."""
     if not c.LORA_RANK and (c.BASE_QUANT, c.ADAPTERS) != ("none", "shared"):
         die("BASE_QUANT=nf4 and ADAPTERS=per_role are for runs with adapters: give LORA_RANK")
     if c.REFERENCE == "cpu" and (c.LORA_RANK or c.ROLES != "both"):
@@ -50,6 +48,37 @@ def start(scope, load_embedder):
     if c.SHARD == "fsdp" and (c.LORA_RANK or c.REFERENCE == "cpu" or parallel.number_of() == 1):
         die("SHARD=fsdp is for runs in several processes in which all weights learn and the "
             "reference is resident")
+
+
+def load_models(c, source, resumed, checkpointing):
+    """(reference, tokenizer, {role: model that learns}, its optimizer). source: where MODEL is.
+    resumed: a checkpoint's folder, or None. checkpointing: of gradients."""
+    ref, tok = models.load_model(source, c.DTYPE, quantize=c.BASE_QUANT == "nf4")
+    ref.requires_grad_(False)
+    if c.REFERENCE == "cpu":
+        ref.to("cpu")
+    if c.LORA_RANK:  # one set of weights; a resumed adapter comes with the optimizer's state
+        model = adapters.share(ref)
+    else:
+        model, _ = models.load_model(str(resumed or source), c.DTYPE)
+    adapters.choose_weights(model, c.LORA_RANK, c.LORA_ALPHA, c.SEED)
+    if checkpointing:
+        models.checkpoint_gradients(model)
+    for each in (model, ref) if c.SHARD == "fsdp" else ():
+        shards.shard(each)
+    policy, learning = dict(attacker=model, defender=model), model
+    if c.ADAPTERS == "per_role":
+        policy["attacker"] = adapters.share(model)
+        learning = torch.nn.ModuleList(policy.values())
+    optimizer = OPTIMIZERS[c.OPTIMIZER](learning, (0.9, 0.95), 0.0)
+    return ref, tok, policy, optimizer
+
+
+def start(scope, load_embedder):
+    """Load all that a run works with: new, or from the newest checkpoint -> Run. load_embedder: of
+    evaluation.attackers, for (8)."""
+    c = types.SimpleNamespace(**scope)
+    check_constants(c)
     source = str(run.locate(c.MODEL) or c.MODEL)
     if c.MODEL == "checkpoints/01_sft" and not run.locate(f"{c.MODEL}/meta.json"):
         die(f"{c.MODEL} not found: run python 01_sft_warmup.py first")
@@ -80,24 +109,7 @@ def start(scope, load_embedder):
     scorer = c.judge.load_judge(c.JUDGE, c.QUANTIZE, rubric=rubric,
                               max_text=c.judge.text_limit(c.ATTACK_TOKENS, c.REPLY_TOKENS))
     c.judge.check(scorer, c.JUDGE_FLOOR)
-    ref, tok = models.load_model(source, c.DTYPE, quantize=c.BASE_QUANT == "nf4")
-    ref.requires_grad_(False)
-    if c.REFERENCE == "cpu":
-        ref.to("cpu")
-    if c.LORA_RANK:  # one set of weights; a resumed adapter comes with the optimizer's state
-        model = adapters.share(ref)
-    else:
-        model, _ = models.load_model(str(resumed or source), c.DTYPE)
-    adapters.choose_weights(model, c.LORA_RANK, c.LORA_ALPHA, c.SEED)
-    if checkpointing:
-        models.checkpoint_gradients(model)
-    for each in (model, ref) if c.SHARD == "fsdp" else ():
-        shards.shard(each)
-    policy, learning = dict(attacker=model, defender=model), model
-    if c.ADAPTERS == "per_role":
-        policy["attacker"] = adapters.share(model)
-        learning = torch.nn.ModuleList(policy.values())
-    optimizer = OPTIMIZERS[c.OPTIMIZER](learning, (0.9, 0.95), 0.0)
+    ref, tok, policy, optimizer = load_models(c, source, resumed, checkpointing)
     sft, pool = read_examples(sft_file, tok, c.SFT_KINDS, c.COT), ""
     if not c.draw_seeds(seeds, 0):
         die("ROLES=attacker plays attacked games only, and ATTACKED leaves none")
