@@ -228,19 +228,23 @@ def test_table_by_hand(common, capsys):
 # ---- bench/README.md -----------------------------------------------------------------------------
 
 README = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
+PARTS = {"common.py", "launcher.py", "verdicts.py"}  # that the scripts import
 
 
 def test_the_readme_names_every_script_and_its_links_lead_somewhere():
-    scripts = {path.name for path in (ROOT / "bench").glob("*.py")} - {"common.py"}
+    scripts = {path.name for path in (ROOT / "bench").glob("*.py")} - PARTS
+    for part in PARTS:
+        assert "if __name__" not in (ROOT / "bench" / part).read_text(encoding="utf-8"), part
     assert set(re.findall(r"`python bench/(\w+\.py)`", README)) == scripts
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / "bench" / link).exists(), link
 
 
 def test_the_makefile_runs_every_script():
-    """All but the one that is for a GPU, which has no other side and no rounds."""
+    """All but those without another side and rounds: for a GPU, and the twelve hours of claims."""
     recipe = (ROOT / "Makefile").read_text(encoding="utf-8")
-    scripts = {path.name for path in (ROOT / "bench").glob("*.py")} - {"common.py", "gpu.py"}
+    scripts = {path.name for path in (ROOT / "bench").glob("*.py")} - PARTS
+    scripts -= {"gpu.py", "claims.py"}
     assert set(re.findall(r"bench/(\w+\.py) .*\$\(BENCH\)", recipe)) == scripts
 
 
