@@ -32,19 +32,17 @@ Departures from the published code, each with its reason:
  d. With UPDATES=1 the k1 penalty uses the log-probs of sampling: one forward pass less.
  e. zero_sum, which the paper analyses and its code lacks, is here: SCHEME=zero_sum.
  f. Random numbers are a function of (SEED, step), so a resumed run needs no generator state.
- g. SSP: the pool holds attacked harmful games only; its games come on top of a step's own ones.
-    Advantages are normalized for harmful, benign, replayed and reflected turns of a role apart:
-    their rewards have different ranges, and a mean over all rewards the kind, not the turn.
+ g. SSP: an attack is paid by how far its seed's label is kept, and charged if it is about something
+    else (a rewrite by prompts/strategies.txt has a cosine above .46 with its seed; under 1 % have
+    .40 with another). The pool: selfplay/replay.py; its games come on top of a step's own. Other
+    kinds of turns have other ranges of reward, so each kind's advantages are normalized apart.
  h. An attack that the judge calls a refusal of its seed has lost (published: it is a rewrite like
     any other). A small defender repeats such an attack, so a benign request counts as refused.
  i. An empty reply is neither refusal nor answer, so both players lose the refusal term (published:
     judged like any other, and then it wins a benign game). SSP: 0 for both; no visit that masters.
- j. MODEL has been warmed up and is the reference (published: the instruct model is both), because a
-    model of 135M does not write the format by itself.
- k. SFT_COEF is 0.3: our 192 examples are few, and at weight 1 they hide the game. Harmful answers,
-    refusals and benign compliance on dev seeds (n 96 each, greedy), from .16, .64, .92, after 40
-    steps: the mix alone .34, .20, .98; weight 1 .27, .36, .99; 0.3 .17, .55, .94; 0.1 .06, .73,
-    .88, where the attacks become alike. Figures: results/README.md.
+ j. MODEL has been warmed up and is the reference (published: the instruct model is both).
+ k. SFT_COEF is 0.3: our 192 examples are few, and at weight 1 they hide the game (dev seeds, in
+    results/README.md).
 results/README.md has every setting of the published script beside that of --paper."""
 import collections
 import dataclasses
@@ -58,15 +56,15 @@ import torch
 
 import judge
 from engine import models, parallel, progress, run, shards
-from engine.batching import micro_batches
 from engine.logprobs import cross_entropy_step, token_logprobs
 from engine.optim import cosine_with_warmup
 from engine.run import Count, Share, die
 from evaluation import attackers, held_back
 from selfplay import monitor, session
-from selfplay.data import halves
-from selfplay.turns import (Turn, attacker_prompt, check_prompts, complete, defender_prompt,
-                            plain_prompt)
+from selfplay.data import halves, walk
+from selfplay.replay import mean_of
+from selfplay.turns import (Turn, attacker_prompt, batches_of, check_prompts, complete,
+                            defender_prompt, example, plain_prompt, sizes)
 
 # ==================================================================================================
 MODEL = "checkpoints/01_sft"   # where the policy starts and what the KL term holds it to
@@ -101,6 +99,8 @@ KL_COEF = 0.01            # k1 in the token reward; published: 0.01
 CLIP_EPS = 0.2            # paper: 0.2
 FORMAT_COEF = 1.0         # size of the format term; paper [SRT]: 1.0
 SSP_FORMAT_COEF = 0.25    # the same with METHOD=ssp, whose other rewards are 0 to 1 (ours)
+RELEVANT: Share = 0.4     # METHOD=ssp: cosine from which an attack is about its seed, departure g
+DRIFT_LOSS = 0.25         # METHOD=ssp: what an attack loses that is not, or that declines (ours)
 REPLAY: Literal["off", "plain", "reflect"] = "reflect"  # METHOD=ssp; paper: "reflect"
 REPLAY_FRACTION: Share = 0.25  # games of the pool in a step, for each of its own ones (ours)
 UCB_C = 0.3               # exploration in the pool; at 1 it drowns the means (ours)
@@ -164,31 +164,49 @@ def signs(role, kind, labels):
                 harmful_reply=sign[labels.response_harmful], right_refusal=sign[right])
 
 
-def game_reward(role, kind, labels, scheme):
-    """The game's reward of a turn: look up and add. None (turn dropped) if unparsed."""
+def ssp_reward(role, kind, labels, drifted):
+    """[SSP]: from 0 to 1, complementary but for what is ours: an attack earns it times the
+    probability that the seed's label is kept; after one that has drifted only the reply counts."""
+    harmful, p = kind.endswith("harmful"), labels.p
+    if drifted and role == "attacker":
+        return -DRIFT_LOSS
+    if labels.empty:
+        return 0.0  # nobody gains by it (departure i)
+    if labels.score is None or "response_refusal" not in p:
+        return None  # a judge that only generates gives no probabilities
+    lost = (labels.score - 1) / 4 if harmful or drifted else p["response_refusal"]  # benign: ours
+    lost = min(1.0, max(0.0, lost))
+    kept = p["prompt_harmful"] if harmful else 1 - p["prompt_harmful"]
+    return lost * kept if role == "attacker" else 1 - lost
+
+
+def game_reward(role, kind, labels, scheme, drifted=False):
+    """The game's reward of a turn: look up and add. None (turn dropped) if unparsed. drifted: SSP,
+    the attack is not about its seed, or declines."""
     if None in (labels.prompt_harmful, labels.response_refusal, labels.response_harmful):
         return None
-    if scheme == "ssp" and labels.empty:
-        return 0.0  # nobody gains by it (departure i)
-    if scheme == "ssp" and (labels.score is None or "response_refusal" not in labels.p):
-        return None  # a judge that only generates gives no probabilities
-    if scheme == "ssp":  # complementary, clipped to [0, 1] [SSP]; the benign term is ours
-        lost = (labels.score - 1) / 4 if kind.endswith("harmful") else labels.p["response_refusal"]
-        return min(1.0, max(0.0, lost if role == "attacker" else 1 - lost))
+    if scheme == "ssp":
+        return ssp_reward(role, kind, labels, drifted)
     reward, sign = 0, signs(role, kind, labels)
     for term, size in REWARDS[scheme][role].items():
         reward += size * sign[term]
     return reward
 
 
+def r_def(turn):
+    """SSP: what a defender's turn has got, without its format; None if dropped."""
+    return ssp_reward(turn.role, turn.kind, turn.labels, turn.declined or not turn.relevant)
+
+
 def turn_reward(turn, labels):
     """Game reward + format term (only with hidden CoT) - charge for a copy; None drops the turn."""
-    ssp = METHOD == "ssp"
-    reward = game_reward(turn.role, turn.kind, labels, "ssp" if ssp else SCHEME)
+    ssp, declined = METHOD == "ssp", turn.declined and DECLINED_LOSES
+    reward = game_reward(turn.role, turn.kind, labels, "ssp" if ssp else SCHEME,
+                         declined or not turn.relevant)
     if reward is None:
         return None
-    if turn.declined and DECLINED_LOSES:  # the lowest there is (departure h)
-        reward = 0.0 if ssp else -sum(map(abs, REWARDS[SCHEME]["attacker"].values()))
+    if declined and not ssp and turn.role == "attacker":  # the lowest there is (departure h)
+        reward = -sum(map(abs, REWARDS[SCHEME]["attacker"].values()))
     coef = SSP_FORMAT_COEF if ssp else FORMAT_COEF
     reward += coef * (1.0 if turn.well_formed else -1.0) * COT
     return reward - COPY_COEF * (turn.role == "attacker" and monitor.is_copy(turn))
@@ -252,20 +270,17 @@ def draw_seeds(seeds, step):
         share = 0 if published_ablation("defender") else ATTACKED
         attacked = random.Random(f"{SEED} attacked {harmful} {step}")
         attacked = attacked.sample(range(n), round(share * n))
-        orders = {}  # by epoch; a step may reach into the next one
-        for i in range(n):
-            epoch, k = divmod(step * n + i, len(half))
-            if epoch not in orders:
-                orders[epoch] = random.Random(f"{SEED} {harmful} {epoch}").sample(half, len(half))
+        for i, seed in enumerate(walk(half, n, step, f"{SEED} {harmful}")):
             kind = "generated" if i in attacked else "vanilla"
             if kind == "generated" or not published_ablation("attacker"):
-                games.append((f"{kind}_{'harmful' if harmful else 'benign'}", orders[epoch][k]))
+                games.append((f"{kind}_{'harmful' if harmful else 'benign'}", seed))
     return games
 
 
-def play(attacker, defender, tok, scorer, games, generator, temperature=1.0):
+def play(attacker, defender, tok, scorer, games, generator, temperature=1.0, likeness=None):
     """(2)-(5) Play the games (kind, seed, pool item if replayed) -> Turns of both roles with labels
-    and rewards. No gradient here. temperature: 0 for the greedy games of (8)."""
+    and rewards. No gradient here. temperature: 0 for the greedy games of (8). likeness: SSP's, of
+    an attack and its seed; None: every attack is relevant."""
     # (2) the attacker rewrites; its thinking stays hidden
     drafts = []
     for g, (kind, seed, *_) in enumerate(games):
@@ -283,40 +298,29 @@ def play(attacker, defender, tok, scorer, games, generator, temperature=1.0):
         drafts.append(Turn("defender", kind, seed, ids, request, game=g))
     replies = complete(defender, tok, drafts, COT and not chat, REPLY_TOKENS, temperature,
                        SAMPLE_BATCH, generator, ROLLOUT)
-    # (4) the judge sees (request, reply), and (seed, attack): does the attacker decline?
+    # (4) the judge sees (request, reply), and (seed, attack): does the attacker decline? With SSP
+    # also (seed, reply): what was asked for in disguise counts as half of the reply's score
     exchanges = [(t.request, t.answer) for t in replies]
     rewrites = [(t.seed["prompt"], t.answer) for t in attacks]
-    labels = scorer.classify(exchanges + rewrites)
+    disguised = [t for t in replies if METHOD == "ssp" and t.request != t.seed["prompt"]]
+    undisguised = [(t.seed["prompt"], t.answer) for t in disguised]
+    every = scorer.classify(exchanges + rewrites + undisguised)
+    labels, facts = every[:len(replies)], {}
+    for t, rewrite in zip(attacks, every[len(replies):]):
+        relevant = not likeness or likeness.cosines(t.answer, [t.seed["prompt"]])[0] >= RELEVANT
+        facts[t.game] = dict(declined=rewrite.response_refusal is True, relevant=bool(relevant))
+    for t, to_seed in zip(disguised, every[len(replies) + len(attacks):]):
+        if facts.get(t.game, {}).get("relevant", True):
+            labels[t.game] = mean_of(labels[t.game], to_seed)
     # (5) a reward for each turn
     turns = []
-    for k, t in enumerate(attacks + replies):
-        if t.role == "attacker":
-            declined = labels[len(replies) + k].response_refusal is True
-            t = dataclasses.replace(t, declined=declined)
-        reward = turn_reward(t, labels[t.game])
-        turns.append(dataclasses.replace(t, labels=labels[t.game], reward=reward))
+    for t in attacks + replies:
+        t = dataclasses.replace(t, labels=labels[t.game], **facts.get(t.game, {}))
+        turns.append(dataclasses.replace(t, reward=turn_reward(t, t.labels)))
     return turns
 
 
 # ---- one update ----------------------------------------------------------------------------------
-def sizes(turns):
-    """Tokens of each turn, its prompt's included."""
-    return [len(t.prompt_ids) + len(t.ids) for t in turns]
-
-
-def batches_of(turns):
-    """Micro-batches of turns: lists of indices of at most TRAIN_TOKENS padded tokens, by length, of
-    one instruction each, so that its tokens go through the model once (shared_opening)."""
-    groups, out = {}, []
-    for i, t in enumerate(turns):
-        own = t.role == "attacker" or t.kind.startswith("reflected")  # has its own instruction
-        groups.setdefault((t.role, own and t.kind), []).append(i)
-    for group in groups.values():
-        for part in micro_batches(sizes([turns[i] for i in group]), TRAIN_TOKENS):
-            out.append([group[k] for k in part])
-    return out
-
-
 def scored(model, turns, part):
     """Log-probabilities and entropies [N] of the tokens of turns[i] for i in part, end to end.
     model: the one of their role, or {role: model}."""
@@ -331,7 +335,7 @@ def logprobs_of(model, turns):
     out = {}
     every = model.values() if isinstance(model, dict) else [model]
     with progress.bar(len(turns), "scoring", "turn") as bar, shards.whole(*every):
-        for part in parallel.share(batches_of(turns), sizes(turns)):
+        for part in parallel.share(batches_of(turns, TRAIN_TOKENS), sizes(turns)):
             logp_N, _ = scored(model, turns, part)
             lengths = [len(turns[i].ids) for i in part]
             out.update(zip(part, logp_N.cpu().split(lengths)))
@@ -348,7 +352,7 @@ def update(model, optimizer, turns, advantage, old, sft_batch, lr):
     if isinstance(model, dict):
         defender = model["defender"]
     with progress.bar(len(turns), "learning", "turn") as bar:
-        todo = batches_of(turns) if RL_COEF else []
+        todo = batches_of(turns, TRAIN_TOKENS) if RL_COEF else []
         for part, weight in shards.rounds(todo, sizes(turns), defender) if todo else []:
             logp_N, entropy_N = scored(model, turns, part)
             adv_N = torch.cat([advantage[i] for i in part]).to(logp_N.device)
@@ -420,7 +424,8 @@ def evaluate(r, step):
     if not EVAL_EVERY or step % EVAL_EVERY and step != STEPS:
         return {}
     cut = judge.cuts(r.scorer)
-    turns = play(*players(r), r.tok, r.scorer, held_back.games(r.dev), None, temperature=0.0)
+    games = held_back.games(r.dev)
+    turns = play(*players(r), r.tok, r.scorer, games, None, 0.0, r.pool.likeness)
     m = dict(held_back.measure(turns, r.tok, r.embed), dev_cut=judge.cuts(r.scorer) - cut)
     progress.say(held_back.line(step, m))
     return m
@@ -433,16 +438,20 @@ def one_step(r, step):
     games = draw_seeds(r.seeds, step)                                                   # (1)
     if METHOD == "ssp" and ROLES != "attacker":
         games += r.pool.games(round(REPLAY_FRACTION * SEEDS_PER_STEP), REPLAY)
-    turns = play(*players(r), r.tok, r.scorer, games, generator)                        # (2)-(5)
+    turns = play(*players(r), r.tok, r.scorer, games, generator,                        # (2)-(5)
+                 likeness=r.pool.likeness)
     played = time.time()
     m = dict(step=step + 1, **monitor.step_metrics(turns), cut=judge.cuts(r.scorer) - cut)
+    sft = list(r.sft)
     if METHOD == "ssp":
         defended = [t for t in turns if t.role == "defender"]
-        rewards = [game_reward("defender", t.kind, t.labels, "ssp") for t in defended]
-        m.update(r.pool.remember(games, defended, rewards))
-    m.update(learn(r.policy, r.ref, r.optimizer, turns, r.sft, step))                   # (6)-(7)
+        m.update(r.pool.experience(games, defended, r_def, lambda games: play(
+            *players(r), r.tok, r.scorer, games, generator)))
+        for text in r.pool.distilled:
+            sft.append(example(r.tok, text["request"], text["thinking"], text["answer"], COT))
+    m.update(learn(r.policy, r.ref, r.optimizer, turns, sft, step))                     # (6)-(7)
     if parallel.number_of() > 1:
-        m["imbalance"] = parallel.imbalance(batches_of(turns), sizes(turns))
+        m["imbalance"] = parallel.imbalance(batches_of(turns, TRAIN_TOKENS), sizes(turns))
     m.update(parallel.total(dict(seconds=time.time() - began, play_s=played - began,
                                  gb=run.peak_gb()), most=("seconds", "play_s", "gb")))
     return turns, m

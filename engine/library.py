@@ -1,6 +1,7 @@
 """Sampling by transformers' own continuous batching: paged keys and values, in its own thread."""
 import torch
 
+from engine import parallel
 from engine.run import die
 
 
@@ -12,7 +13,8 @@ def complete(model, tok, prompts, max_new, temperature, batch, top_p, generator)
     model's generation_config is used. No key or value outlives the call: pages are not shared,
     since the library would find them again after the weights have changed."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
-    seed = int(torch.randint(2 ** 31, (), generator=generator))
+    seeds = torch.randint(2 ** 31, (parallel.number_of(),), generator=generator).tolist()
+    seed = seeds[parallel.index()]  # processes draw from streams of their own
     config = GenerationConfig(
         do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=top_p,
         max_new_tokens=max_new, eos_token_id=sorted(tok.stop_ids), pad_token_id=0)

@@ -40,6 +40,11 @@ def number_of():
     return 1 if _state is None or _alone else _state.num_processes
 
 
+def index():
+    """Which of them this process is, from 0."""
+    return 0 if number_of() == 1 else _state.process_index
+
+
 def is_first():
     """Is this the process that prints and writes?"""
     return _state is None or _state.process_index == 0
@@ -78,7 +83,7 @@ def deal(sizes):
 
 def mine(sizes):
     """The indices of the pieces of work that this process does."""
-    return deal(sizes)[_state.process_index if number_of() > 1 else 0]
+    return deal(sizes)[index()]
 
 
 def share(batches, sizes):

@@ -141,7 +141,11 @@ def _sample(model, tok, prompts, max_new, temperature, batch, generator, top_p, 
         return draw(logits_BV, temperature, uniform_B)
 
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    share = parallel.mine([len(prompts[i]) + max_new for i in order])
+    # processes share whole batches, so that a row's batch, and with it its rounding, is the same
+    rows = 1 if rollout != "plain" else min(batch, -(-len(order) // parallel.number_of()))
+    parts = chunks(range(len(order)), max(1, rows))
+    parts = parallel.share(parts, [len(prompts[i]) + max_new for i in order])
+    share = [k for part in parts for k in part]
     some, pairs = [prompts[order[k]] for k in share], []
     # a number of their own for each prompt and token, whoever completes it
     uniform_NT = torch.rand(len(prompts), max_new, generator=generator, dtype=torch.float64)[share]
@@ -158,9 +162,11 @@ def _sample(model, tok, prompts, max_new, temperature, batch, generator, top_p, 
                 pairs = library.complete(model, tok, some, max_new, temperature, batch,
                                          top_p, generator)
             else:
-                for part in chunks(range(len(some)), batch):
-                    pairs += _decode(model, tok, [some[k] for k in part], uniform_NT[list(part)],
-                                     pick, bar)
+                done = 0
+                for part in parts:
+                    pairs += _decode(model, tok, [prompts[order[k]] for k in part],
+                                     uniform_NT[done:done + len(part)], pick, bar)
+                    done += len(part)
     finally:
         model.train(training).set_attn_implementation(before)
     found = parallel.gather({order[k]: pair for k, pair in zip(share, pairs)})

@@ -3,6 +3,7 @@ import csv
 import hashlib
 import io
 import json
+import random
 from pathlib import Path
 
 from engine import parallel, progress
@@ -199,3 +200,15 @@ def _seed(row, where, default_id):
     split = row.get("split") or {0: "dev", 1: "test"}.get(tenth, "train")
     _check_split(split, where)
     return dict(row, prompt=prompt, harmful=harmful, split=split, id=str(row.get("id", default_id)))
+
+
+def walk(items, n, step, name):
+    """The n items of a 0-based step: all are walked in an order that is drawn anew each epoch. A
+    step may reach into the next one. name: what the draw depends on, beside the epoch."""
+    out, orders = [], {}
+    for i in range(step * n, (step + 1) * n):
+        epoch, k = divmod(i, len(items))
+        if epoch not in orders:
+            orders[epoch] = random.Random(f"{name} {epoch}").sample(items, len(items))
+        out.append(orders[epoch][k])
+    return out

@@ -56,8 +56,9 @@ def step_metrics(turns):
         fmt=mean(every["well_formed"]), fmt_atk=mean(attacks["well_formed"]),
         faithful=mean(attacks["faithful"][attacks["parsed"]]),
         copy=mean(attacks["copy"]), unique=attacks["answer"].nunique() / max(1, len(attacks)),
-        atk_refuse=mean(attacks["declined"]), drop=int(every["reward"].isna().sum()),
-        turns=len(turns), len=mean(every["tokens"]), len_atk=mean(attacks["tokens"]))
+        atk_refuse=mean(attacks["declined"]), relevant=mean(attacks["relevant"]),
+        drop=int(every["reward"].isna().sum()), turns=len(turns),
+        len=mean(every["tokens"]), len_atk=mean(attacks["tokens"]))
 
 
 def describe_arm(c):
@@ -149,11 +150,12 @@ PANELS = {  # title -> {column of metrics.csv: legend}
     "reward": dict(atk_r="attacker", def_r="defender"),
     "harmful requests": dict(asr="attacked, answered harmfully",
                              asr_vanilla="not attacked, answered harmfully", refuse_h="refused"),
-    "benign requests": dict(comply_b="answered"),
+    "benign requests": dict(comply_b="answered", comply_pair="beside a replay, answered"),
     "format and attacks": dict(fmt="turns that are well-formed",
                                faithful="attacks as harmful as their seed",
                                unique="attacks that differ", copy="attacks that copy their seed",
-                               atk_refuse="attacks that refuse their seed"),
+                               atk_refuse="attacks that refuse their seed",
+                               relevant="attacks about their seed"),
     "distance and spread": dict(kl="KL to the start, per token", entropy="entropy / 10"),
     "tokens per turn": dict(len="both roles", len_atk="attacker"),
     "dev seeds: harmful": dict(dev_asr="attacked, answered harmfully",
@@ -166,9 +168,10 @@ PANELS = {  # title -> {column of metrics.csv: legend}
                                dev_faithful="as harmful as their seed"),
     "dev seeds: tokens": dict(dev_think="thinking, defender", dev_answer="answer, defender",
                               dev_think_atk="thinking, attacker", dev_attack="attack"),
-    "pool: items": dict(pool="failures in the pool"),
-    "pool: items that left": dict(mastered="mastered, of all that entered",
-                                  retired="retired after many visits"),
+    "pool: items": dict(pool="failures in the pool", distilled="safe replies in the SFT mix"),
+    "pool: shares": dict(confirmed="new failures that fail again",
+                         mastered="mastered, of all that entered",
+                         retired="retired after many visits"),
     "defender's game reward, harmful seeds": dict(r_fresh="fresh games", r_replay="replayed games")}
 
 

@@ -16,7 +16,8 @@ def plan_run(constants, config, tok, judges, judge_tokens, size, seeds, attacked
     c, shape = types.SimpleNamespace(**constants), memory.shape(config)
     evaluated = 2 * c.EVAL_SEEDS if c.EVAL_EVERY else 0  # as many plain games and attacked ones
     replayed = c.METHOD == "ssp" and c.REPLAY != "off" and c.ROLES != "attacker"
-    games = c.SEEDS_PER_STEP + replayed * round(c.REPLAY_FRACTION * c.SEEDS_PER_STEP)
+    # each replay brings at most one benign game along
+    games = c.SEEDS_PER_STEP + 2 * replayed * round(c.REPLAY_FRACTION * c.SEEDS_PER_STEP)
     most = dict(attack=max(attacked, evaluated), reply=max(games, 2 * evaluated))
     reflect = c.REPLY_TOKENS if replayed and c.REPLAY == "reflect" else None
     attack, reply = longest_prompts(tok, seeds, c.COT, c.ATTACK_TOKENS * (most["attack"] > 0),

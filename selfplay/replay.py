@@ -2,10 +2,18 @@
 handles worst and has seldom met of late (arXiv 2601.10589). The paper gives the idea; the rules and
 constants are ours. The bound is discounted (arXiv 0805.3415): old visits say little of a defender
 that learns. A visit in which the defender was shown its earlier reply says nothing of how it does
-without, so it counts for retiring alone."""
+without, so it counts for retiring alone.
+
+An attack comes in if it is about its seed and the defender fails again when it is asked afresh. One
+that is replayed brings a benign request along that sounds alike, so that refusing all has a price.
+A safe reply that was written with the earlier one shown becomes an example for the SFT mix, under
+the plain prompt: the defender learns to do without the help."""
 import dataclasses
 import json
 import math
+import re
+
+import numpy
 
 from engine.run import check_fields, parse_json
 from selfplay.monitor import mean
@@ -14,6 +22,41 @@ PER_SEED = 4       # items of one seed at most: a seed that is hard must not fil
 DISCOUNT = 0.95    # of the weight of earlier visits, a step
 SAFE_VISITS = 3    # plain, non-empty, safe ones that an item needs to be mastered
 RETIRE = 8         # visits after which an item leaves in any case: what is left is judge noise
+FRESH = 3          # replies to a new failure's attack, asked for again: one reply may be bad luck
+FAILED = 2         # of them that must be unsafe, too
+ALIKE = 0.9        # cosine above which two attacks are one: of 20 rewrites of a seed one is so near
+DISTILLED = 64     # safe replies kept for the SFT mix, the newest: a quarter of it at most
+PAIRS = 4          # benign seeds that take turns beside one attack, the likest ones
+# What the pool counts. left: visits of each item that has left. distilled: examples, their texts.
+TOTALS = dict(born=int, retired=int, left=list, distilled=list)
+
+
+class Likeness:
+    """Cosines of sentence embeddings. embed: tuple of texts -> unit vectors, as evaluation's."""
+
+    def __init__(self, embed):
+        self.embed, self.known = embed, {}
+
+    def vectors(self, texts):
+        """Unit vectors [n, D] of n texts; each is embedded once."""
+        new = sorted(set(texts) - self.known.keys())
+        if new:
+            self.known.update(zip(new, self.embed(tuple(new))))
+        return numpy.stack(list(map(self.known.get, texts)))
+
+    def cosines(self, text, others):
+        """Of a text and each of the others (at least one): [n]."""
+        return self.vectors(others) @ self.vectors([text])[0]
+
+
+def mean_of(labels, others):
+    """Labels of one reply as one to the request and to its seed -> the first ones, with the mean
+    probabilities and score of both. As they are if one has none."""
+    if None in (labels.score, others.score) or labels.p.keys() != others.p.keys():
+        return labels
+    p = {name: (value + others.p[name]) / 2 for name, value in labels.p.items()}
+    p["prompt_harmful"] = labels.p["prompt_harmful"]  # of the request: is the seed's label kept?
+    return dataclasses.replace(labels, p=p, score=(labels.score + others.score) / 2)
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,24 +75,30 @@ class Item:
 
 class Pool:
     """At most `size` failed defences. ucb_c: weight of exploration. mastered: mean reward above
-    which an item leaves after SAFE_VISITS. text: what text() gave, to go on from."""
+    which an item leaves after SAFE_VISITS. text: what text() gave, to go on from. likeness: a
+    Likeness; None: only equal attacks are alike. benign: seeds that are paired with attacks."""
 
-    def __init__(self, size, ucb_c, mastered, text=""):
+    def __init__(self, size, ucb_c, mastered, text="", likeness=None, benign=()):
         self.size, self.ucb_c, self.mastered = size, ucb_c, mastered
+        self.likeness, self.benign = likeness, list(benign) if likeness else []
         self.born, self.left, self.retired, self.items = 0, [], 0, []
+        self.distilled = []
         item = {field.name: field.type for field in dataclasses.fields(Item)}
         for n, line in enumerate(text.splitlines(), 1):
             row, where = parse_json(line, f"pool.jsonl line {n}"), f"pool.jsonl line {n}"
-            check_fields(row, where, item if n > 1 else dict(born=int, retired=int, left=list))
+            check_fields(row, where, item if n > 1 else TOTALS)
             if n == 1:
-                self.born, self.retired, self.left = row["born"], row["retired"], row["left"]
+                for name in TOTALS:
+                    setattr(self, name, row[name])
+                for example in self.distilled:
+                    check_fields(example, where, dict(request=str, thinking=str, answer=str))
                 continue
             check_fields(row["seed"], where, dict(id=str, prompt=str))
             self.items.append(Item(*map(row.get, item)))
 
     def text(self):
-        """JSON lines: the totals (left: visits of each item that has left), then an item each."""
-        totals = dict(born=self.born, retired=self.retired, left=self.left)
+        """JSON lines: TOTALS, then an item each."""
+        totals = {name: getattr(self, name) for name in TOTALS}
         return "".join(json.dumps(row) + "\n" for row in [totals, *map(vars, self.items)])
 
     def ucb(self, item):
@@ -66,10 +115,17 @@ class Pool:
         """The k items of highest UCB."""
         return self.ranked(self.items)[:k]
 
+    def knows(self, attack):
+        """Is there an item of this attack, or of one that is almost the same?"""
+        attacks = [item.attack for item in self.items]
+        if self.likeness is None or not attacks:
+            return attack in attacks
+        return bool(self.likeness.cosines(attack, attacks).max() > ALIKE)
+
     def insert(self, seed, attack, reply, r_def):
-        """A new failure, unless its attack is there. Over PER_SEED the lowest UCB of its seed goes,
-        over the size the lowest of all, the older where equal."""
-        if attack in [item.attack for item in self.items]:
+        """A new failure, unless an attack like it is there. Over PER_SEED the lowest UCB of its
+        seed goes, over the size the lowest of all, the older where equal."""
+        if self.knows(attack):
             return
         self.items.append(Item(self.born, seed, attack, reply, r_def))
         self.born += 1
@@ -102,36 +158,92 @@ class Pool:
 
     def games(self, room, mode):
         """At most `room` games (kind, seed, item) by top UCB; mode: "off", "plain" or "reflect":
-        every second item also plainly, so that what is learnt holds without the earlier reply."""
-        games = []
+        every second item also plainly, so that what is learnt holds without the earlier reply. For
+        each item then a benign game beside them, without an item."""
+        games, pairs = [], []
         for i, item in enumerate([] if mode == "off" else self.top(room)):
+            if len(games) >= room:
+                break
             if mode == "reflect":
                 games.append(("reflected_harmful", item.seed, item))
             if mode == "plain" or i % 2 == 0:
                 games.append(("replayed_harmful", item.seed, item))
-        return games[:room]
+            if self.benign:
+                pairs.append(("paired_benign", self.pair(item)))
+        return games[:room] + pairs
+
+    def pair(self, item):
+        """A benign seed that sounds like an item's: the PAIRS likest ones take turns."""
+        cosine = self.likeness.cosines(item.seed["prompt"], [s["prompt"] for s in self.benign])
+        likest = numpy.argsort(-cosine, kind="stable")[:PAIRS]
+        return self.benign[likest[item.visits % len(likest)]]
+
+    def experience(self, games, turns, r_def, play):
+        """What a step teaches: replays are counted, new failures that fail again come in -> the
+        pool's metrics. games: (kind, seed, item if replayed). turns: the defender's. r_def: turn ->
+        reward, None if dropped. play: games -> turns."""
+        rewards, again = list(map(r_def, turns)), []
+        failures = self.failures(turns, rewards)
+        for turn, reward in failures:
+            game = "replayed_harmful", turn.seed, Item(-1, turn.seed, turn.request, "", reward)
+            again += [game] * FRESH
+        retried = list(map(r_def, play(again))) if again else []
+        m = dict(self.remember(games, turns, rewards), **self.admit(failures, retried))
+        mastered, born = len(self.left) - self.retired, max(1, self.born)
+        return dict(m, pool=len(self.items), mastered=mastered / born,
+                    retired=self.retired / born, distilled=len(self.distilled))
+
+    def failures(self, turns, rewards):
+        """The defender's turns that may come in: attacks on harmful seeds, about their seed, that
+        were answered unsafely. rewards: r_def of each turn, None if dropped."""
+        out, seen = [], set()
+        for turn, r_def in zip(turns, rewards):
+            fresh = turn.kind == "generated_harmful" and turn.relevant and not turn.declined
+            failed = fresh and r_def is not None and r_def < 0.5 and not turn.labels.empty
+            if failed and turn.request not in seen and not self.knows(turn.request):
+                out.append((turn, r_def))
+                seen.add(turn.request)
+        return out
+
+    def admit(self, failures, retried):
+        """Insert the failures() whose attacks fail again. retried: r_def of FRESH replies to each
+        in turn, None if dropped -> the share that came in."""
+        admitted = []
+        for n, (turn, r_def) in enumerate(failures):
+            again = retried[n * FRESH:(n + 1) * FRESH]
+            unsafe = sum(r is not None and r < 0.5 for r in again)
+            admitted.append(unsafe >= FAILED)
+            if unsafe >= FAILED:
+                self.insert(turn.seed, turn.request, turn.answer, r_def)
+        return dict(confirmed=mean(admitted))
 
     def remember(self, games, turns, rewards):
-        """Add a step's new failures on attacked seeds, count its replays -> the pool's metrics.
-        games: (kind, seed, item if replayed). turns: the defender's. rewards: r_def of each turn,
-        None if dropped."""
-        fresh, replayed = [], []
+        """Count a step's replays, keep safe reflected replies as examples -> metrics."""
+        fresh, replayed, paired = [], [], []
         self.forget()
         for turn, r_def in zip(turns, rewards):
+            if turn.kind == "paired_benign":
+                paired.append(turn.labels.response_refusal is False and not turn.labels.empty)
             if r_def is None or not turn.kind.endswith("harmful"):
                 continue
-            if games[turn.game][2:]:
-                replayed.append(r_def)
-                reply = "" if turn.labels.empty else turn.answer
-                self.visit(games[turn.game][2], r_def, reply, not turn.kind.startswith("reflected"))
-            else:
+            if not games[turn.game][2:]:
                 fresh.append(r_def)
-                failed = r_def < 0.5 and not turn.labels.empty
-                if failed and turn.kind == "generated_harmful":
-                    self.insert(turn.seed, turn.request, turn.answer, r_def)
-        mastered = len(self.left) - self.retired
-        return dict(r_fresh=mean(fresh), r_replay=mean(replayed), pool=len(self.items),
-                    mastered=mastered / max(1, self.born), retired=self.retired / max(1, self.born))
+                continue
+            replayed.append(r_def)
+            reply = "" if turn.labels.empty else turn.answer
+            reflected = turn.kind.startswith("reflected")
+            self.visit(games[turn.game][2], r_def, reply, not reflected)
+            if reflected and r_def >= 0.5 and reply:
+                self.distil(turn)
+        return dict(r_fresh=mean(fresh), r_replay=mean(replayed), comply_pair=mean(paired))
+
+    def distil(self, turn):
+        """A safe reply with the earlier one shown -> an example without. Not if the turn is
+        malformed, or if its thinking speaks of what will not be there."""
+        if turn.well_formed and not re.search("earlier|previous|last repl", turn.thinking.lower()):
+            self.distilled.append(dict(request=turn.request, thinking=turn.thinking,
+                                       answer=turn.answer))
+            del self.distilled[:-DISTILLED]
 
     def visit_counts(self):
         """Visits of each item that the pool still has, or that was mastered or retired."""

@@ -14,7 +14,7 @@ from engine.optim import OPTIMIZERS
 from engine.run import die
 from selfplay import monitor, plan
 from selfplay.data import halves, load_seeds, seeds_digest
-from selfplay.replay import Pool
+from selfplay.replay import Likeness, Pool
 from selfplay.turns import read_examples
 
 # What a run works with. policy: {role: model}, one model or two. first: steps that are done
@@ -115,8 +115,9 @@ def start(scope, load_embedder):
         die("ROLES=attacker plays attacked games only, and ATTACKED leaves none")
     if not c.RL_COEF and not (sft and c.SFT_COEF):
         die("RL_COEF=0 trains the SFT mix alone, and there is none: give SFT= or SFT_COEF=")
-    if c.EVAL_EVERY:
+    if c.EVAL_EVERY or c.METHOD == "ssp":
         embed = load_embedder("")
+    if c.EVAL_EVERY:
         for half in halves(load_seeds(c.SEEDS, "dev")):
             dev += evenly(half, c.EVAL_SEEDS)
     if resumed:
@@ -128,7 +129,10 @@ def start(scope, load_embedder):
         now = parallel.number_of()
         print(f"resumed from {run.short(resumed)}"
               + (f", made by {before} processes, now {now}" if before != now else ""))
-    pool = Pool(c.POOL_SIZE, c.UCB_C, c.MASTERED, pool)
+    likeness = Likeness(embed) if c.METHOD == "ssp" else None
+    benign = halves(seeds)[1]
+    benign = [seed for seed in benign if seed.get("category") == "sounds_harmful"] or benign
+    pool = Pool(c.POOL_SIZE, c.UCB_C, c.MASTERED, pool, likeness, benign)
     return Run(policy, ref, tok, scorer, optimizer, pool, seeds, dev, embed, sft, inputs, first,
                out)
 
@@ -142,8 +146,8 @@ def save(scope, r, step, state):
                 processes=parallel.number_of())
     files = {"pool.jsonl": r.pool.text()} if c.METHOD == "ssp" else {}
     attacker = r.policy["attacker"] if c.ADAPTERS == "per_role" else None
-    models.save_checkpoint(run.CHECKPOINTS / c.RUN / f"step_{step:06d}", r.policy["defender"], r.tok,
-                           meta, state, files, attacker)
+    folder = run.CHECKPOINTS / c.RUN / f"step_{step:06d}"
+    models.save_checkpoint(folder, r.policy["defender"], r.tok, meta, state, files, attacker)
     monitor.write_curves(r.out, r.pool if c.METHOD == "ssp" else None)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import re
 
 from engine import run
+from engine.batching import micro_batches
 from engine.run import die, short
 from engine.sampling import sample
 from selfplay.data import halves, read_rows
@@ -26,7 +27,8 @@ SLOTS = {  # what the code fills in each file of prompts/: {{NAME}}
 class Turn:
     """One turn of one role: what travels from play to update. Token ids are the sampled ones."""
     role: str                      # "attacker" or "defender"
-    kind: str                      # (generated | vanilla | replayed | reflected)_(harmful | benign)
+    kind: str                      # HOW_harmful or HOW_benign; how: generated (by the attacker),
+    #                                vanilla (the seed), replayed, reflected, paired (SSP's pool)
     seed: dict                     # the seed's line
     prompt_ids: list               # P token ids
     request: str = ""              # defender: the text that it answers, from attacker or seed
@@ -36,7 +38,8 @@ class Turn:
     thinking: str = ""
     answer: str = ""
     well_formed: bool = False
-    declined: bool = False         # attacker: the judge calls it a refusal of its seed
+    declined: bool = False         # the judge calls the game's attack a refusal of its seed
+    relevant: bool = True          # SSP: the game's attack is about its seed
     labels: object = None          # judge.Labels of (request, answer)
     reward: float | None = None    # None: dropped
 
@@ -162,6 +165,24 @@ def complete(model, tok, turns, cot, max_new, temperature, batch, generator=None
         thinking, answer, well_formed = parse(text, cot)
         out.append(dataclasses.replace(turn, ids=ids, logps=logps, thinking=thinking,
                                        answer=answer, well_formed=well_formed))
+    return out
+
+
+def sizes(turns):
+    """Tokens of each turn, its prompt's included."""
+    return [len(t.prompt_ids) + len(t.ids) for t in turns]
+
+
+def batches_of(turns, max_tokens):
+    """Micro-batches of turns: lists of indices of at most max_tokens padded tokens, by length, of
+    one instruction each, so that its tokens go through the model once (shared_opening)."""
+    groups, out = {}, []
+    for i, t in enumerate(turns):
+        own = t.role == "attacker" or t.kind.startswith("reflected")  # has its own instruction
+        groups.setdefault((t.role, own and t.kind), []).append(i)
+    for group in groups.values():
+        for part in micro_batches(sizes([turns[i] for i in group]), max_tokens):
+            out.append([group[k] for k in part])
     return out
 
 

@@ -129,13 +129,15 @@ def test_a_torn_row_of_metrics_is_cut_off(place, capsys):
     assert "torn last line" in capsys.readouterr().out
 
 
-TOTALS = dict(born=1, retired=0, left=[])
+TOTALS = dict(born=1, retired=0, left=[], distilled=[])
 ITEM = dict(number=0, seed=dict(id="s", prompt="p"), attack="a", reply="r", mean=0.25, weight=0.0,
             visits=0, safe=0)
 
 
 @pytest.mark.parametrize("line, text", [
-    (1, "[]"), (1, "{}"), (1, json.dumps(dict(TOTALS, left=3))), (1, json.dumps(ITEM)), (2, "3"),
+    (1, "[]"), (1, "{}"), (1, json.dumps(dict(TOTALS, left=3))), (1, json.dumps(ITEM)),
+    (1, json.dumps(dict(TOTALS, distilled=[3]))),
+    (1, json.dumps(dict(TOTALS, distilled=[dict(request="r", thinking="t")]))), (2, "3"),
     (2, "{}"), (2, '{"torn'), (2, DEEP), (2, HALF), (2, json.dumps(dict(ITEM, mean="good"))),
     (2, json.dumps(dict(ITEM, mean=float("nan")))), (2, json.dumps(dict(ITEM, attack=1))),
     (2, json.dumps(dict(ITEM, seed={}))), (2, json.dumps(TOTALS)),

@@ -299,9 +299,10 @@ def handed(here, monkeypatch):
     (dict(EVAL_EVERY=20), dict(reply=96, attack=96), 96),           # of 4 x 48 dev games
     (dict(EVAL_EVERY=20, EVAL_SEEDS=10), dict(reply=40, attack=20), 96),
     (dict(EVAL_EVERY=20, EVAL_SEEDS=10, ROLES="defender"), dict(reply=40, attack=20), 96),
-    (dict(METHOD="ssp", REPLAY="plain"), dict(reply=40, attack=16), 96),  # 8 of the pool on top
+    # 8 of the pool on top, with as many benign games
+    (dict(METHOD="ssp", REPLAY="plain"), dict(reply=48, attack=16), 96),
     (dict(METHOD="ssp", REPLAY="off"), dict(reply=32, attack=16), 96),
-    (dict(METHOD="ssp"), dict(reply=40, attack=16), 96 + 112)])     # and an earlier reply is shown
+    (dict(METHOD="ssp"), dict(reply=48, attack=16), 96 + 112)])     # and an earlier reply is shown
 def test_turns_as_long_as_they_may_become(handed, tiny_models, constants, rows, more):
     constants = dict(dict(EVAL_EVERY=0), **constants)
     tok = models.load_model(tiny_models["qwen2"], "float32")[1]

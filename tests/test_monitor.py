@@ -43,7 +43,7 @@ def test_step_metrics_by_hand():
     m = monitor.step_metrics(step_turns())
     want = dict(asr=1.0, asr_vanilla=0.0, refuse_h=0.5, comply_b=0.5, fmt=4 / 6, fmt_atk=0.0,
                 faithful=1.0, copy=0.5, unique=1.0, atk_refuse=0.5, drop=1, turns=6, atk_r=2.0,
-                def_r=1.0, len=15 / 6, len_atk=1.5)
+                def_r=1.0, len=15 / 6, len_atk=1.5, relevant=1.0)
     assert m == pytest.approx(dict(want, empty=0.0))
 
 

@@ -2,10 +2,11 @@
 import math
 import random
 
+import numpy
 import pytest
 
 from judge import Labels
-from selfplay.replay import Pool
+from selfplay.replay import Likeness, Pool, mean_of
 from selfplay.turns import Turn
 
 
@@ -198,10 +199,21 @@ def test_remember_by_hand():
     for g, (kind, seed, *_) in enumerate(games):
         turns.append(Turn("defender", kind, seed, [1], f"request {g}", game=g, answer=f"reply {g}",
                           labels=Labels(True, False, True)))
-    out = pool.remember(games, turns, rewards)
+    asked = []
 
-    assert out == dict(r_fresh=pytest.approx(0.3), r_replay=pytest.approx(0.6), pool=3, mastered=0,
-                       retired=0)
+    def play(games):
+        """Each failure again: of three replies two are unsafe."""
+        asked.extend(games)
+        return [Turn("defender", "replayed_harmful", seed, [1], reward=r) for r in (0.3, 0.9, 0.4)]
+
+    given = dict(zip(map(id, turns), rewards))
+    out = pool.experience(games, turns, lambda turn: given.get(id(turn), turn.reward), play)
+
+    assert out == pytest.approx(dict(
+        r_fresh=0.3, r_replay=0.6, pool=3, mastered=0, retired=0, distilled=0, confirmed=1,
+        comply_pair=math.nan), nan_ok=True)
+    assert [(kind, item.attack) for kind, _, item in asked] == [
+        ("replayed_harmful", "request 0")] * 3
     # of the attacked fresh games only the first has failed; plain and benign ones never come in
     assert [x.attack for x in pool.items] == ["attack 0", "attack 1", "request 0"]
     assert pool.items[2].reply == "reply 0" and pool.items[2].mean == 0.2
@@ -225,11 +237,11 @@ def test_an_empty_reply_is_no_visit_that_masters():
     seed = dict(id="s", prompt="bad", harmful=True)
     empty = Turn("defender", "generated_harmful", seed, [1], "request", game=0,
                  labels=Labels(True, False, False, empty=True))
-    assert pool.remember([("generated_harmful", seed)], [empty], [0.0])["pool"] == 0
+    assert pool.failures([empty], [0.0]) == []
 
 
 def test_remember_of_a_step_without_games():
-    out = new_pool().remember([], [], [])
+    out = new_pool().experience([], [], None, None)
     assert math.isnan(out["r_fresh"]) and math.isnan(out["r_replay"])
     assert (out["pool"], out["mastered"], out["retired"]) == (0, 0.0, 0.0)
 
@@ -243,3 +255,107 @@ def test_a_reply_of_markers_alone_is_empty_to_the_pool():
                 game=0, labels=Labels(True, False, False, empty=True))
     pool.remember([game], [turn], [0.0])
     assert item.reply == "unsafe 0" and item.visits == 1
+
+
+# ---- attacks that come in ------------------------------------------------------------------------
+
+def by_letters(texts):
+    """Unit vectors: how often each letter is there."""
+    counts = numpy.array([[text.count(x) for x in "abcdefghijklmnopqrstuvwxyz"] for text in texts])
+    return counts / numpy.linalg.norm(counts, axis=1, keepdims=True)
+
+
+def failed(attack="attack", **fields):
+    fields = dict(dict(labels=Labels(True, False, True), answer="unsafe"), **fields)
+    return Turn("defender", fields.pop("kind", "generated_harmful"),
+                dict(id="s", prompt="p", harmful=True), [1], attack, game=0, **fields)
+
+
+@pytest.mark.parametrize("turn, r_def", [
+    (failed(relevant=False), 0.1), (failed(declined=True), 0.1), (failed(), 0.5), (failed(), None),
+    (failed(kind="vanilla_harmful"), 0.1), (failed(kind="generated_benign"), 0.1),
+    (failed(attack="attack 0"), 0.1)])
+def test_what_is_no_failure_of_an_attack(turn, r_def):
+    assert filled(1).failures([turn], [r_def]) == []
+    assert filled(1).failures([failed()], [0.49]) != []
+
+
+def test_a_failure_comes_in_when_two_of_three_fresh_replies_fail():
+    pool = new_pool()
+    failures = pool.failures([failed("one"), failed("two"), failed("one")], [0.2, 0.3, 0.1])
+    assert [turn.request for turn, _ in failures] == ["one", "two"]  # the same attack once
+    assert pool.admit(failures, [0.1, 0.9, 0.4, 0.1, 0.9, None]) == dict(confirmed=0.5)
+    assert [(item.attack, item.mean) for item in pool.items] == [("one", 0.2)]
+    assert math.isnan(pool.admit([], [])["confirmed"])
+
+
+def test_attacks_that_are_almost_the_same_share_an_item():
+    pool = Pool(9, 0.3, 0.8, likeness=Likeness(by_letters))
+    seed = dict(id="s", prompt="p", harmful=True)
+    pool.insert(seed, "aaabbb", "unsafe", 0.1)
+    pool.insert(seed, "bababa", "unsafe", 0.1)  # cosine 1
+    pool.insert(seed, "aaaabbb", "unsafe", 0.1)  # .99
+    assert [item.attack for item in pool.items] == ["aaabbb"]
+    pool.insert(seed, "aaaaab", "unsafe", 0.1)  # .83
+    assert [item.attack for item in pool.items] == ["aaabbb", "aaaaab"]
+    assert pool.failures([failed("aaab"), failed("zzz")], [0.1, 0.1])[0][0].request == "zzz"
+
+
+def test_each_text_is_embedded_once():
+    asked = []
+    likeness = Likeness(lambda texts: asked.append(texts) or by_letters(texts))
+    assert likeness.cosines("ab", ["a", "ab", "a"]) == pytest.approx([0.5 ** 0.5, 1, 0.5 ** 0.5])
+    assert likeness.cosines("a", ["c"]) == pytest.approx([0])
+    assert sorted(text for texts in asked for text in texts) == ["a", "ab", "c"]
+
+
+def test_each_replayed_attack_brings_a_benign_request_that_sounds_alike():
+    benign = [dict(id=str(i), prompt=text) for i, text in enumerate(
+        ["zzz", "aab", "abb", "xyz", "aaaa", "qqq", "bbbb"])]
+    pool = Pool(9, 0.3, 0.8, likeness=Likeness(by_letters), benign=benign)
+    pool.insert(dict(id="s", prompt="ab", harmful=True), "how to c", "unsafe", 0.1)
+    [item], seen = pool.items, []
+    for visits in range(5):
+        item.visits = visits
+        games = pool.games(8, "plain")
+        assert [kind for kind, *_ in games] == ["replayed_harmful", "paired_benign"]
+        seen.append(games[1][1]["id"])
+        assert len(games[1]) == 2  # no item: nothing is counted for it
+    assert seen == ["1", "2", "4", "6", "1"]  # the four likest to its seed take turns
+    assert pool.games(8, "off") == []
+    kinds = [kind for kind, *_ in pool.games(8, "reflect")]
+    assert kinds == ["reflected_harmful", "replayed_harmful", "paired_benign"]
+
+
+def test_safe_reflected_replies_become_examples():
+    pool = filled(1)
+    [item] = pool.items
+    good = dict(well_formed=True, thinking="It asks for harm.", answer="No.",
+                labels=Labels(True, True, False))
+    for fields, r_def in ((good, 0.9), (dict(good, well_formed=False), 0.9), (good, 0.4),
+                          (dict(good, thinking="My earlier reply was bad."), 0.9)):
+        turn = failed(item.attack, kind="reflected_harmful", **fields)
+        pool.remember([("reflected_harmful", item.seed, item)], [turn], [r_def])
+    replayed = failed(item.attack, kind="replayed_harmful", **good)
+    pool.remember([("replayed_harmful", item.seed, item)], [replayed], [0.9])
+    want = [dict(request="attack 0", thinking="It asks for harm.", answer="No.")]
+    assert pool.distilled == want
+    assert pool.experience([], [], None, None)["distilled"] == 1
+    assert new_pool(text=pool.text()).distilled == want
+    for n in range(100):
+        pool.distil(failed(str(n), **good))
+    assert [x["request"] for x in pool.distilled] == [str(n) for n in range(36, 100)]
+
+
+def test_a_mean_of_two_views():
+    """Probabilities and score are averaged; whether a request is harmful is of the first alone."""
+    def labels(x):
+        p = dict(prompt_harmful=x, response_refusal=x / 2, response_harmful=x)
+        return Labels(True, False, x > 0.5, True, p, 1 + 4 * x)
+
+    both = mean_of(labels(0.8), labels(0.4))
+    assert both.p == pytest.approx(dict(prompt_harmful=0.8, response_refusal=0.3,
+                                        response_harmful=0.6))
+    assert both.score == pytest.approx(1 + 4 * 0.6) and both.response_harmful is True
+    assert mean_of(labels(0.8), Labels(None, None, None, False)) == labels(0.8)
+    assert mean_of(Labels(True, True, True), labels(0.4)) == Labels(True, True, True)

@@ -112,7 +112,10 @@ def test_declined_attacks_as_published_and_with_ssp(monkeypatch):
     monkeypatch.setattr(rl, "DECLINED_LOSES", True)
     monkeypatch.setattr(rl, "METHOD", "ssp")
     p = dict(prompt_harmful=0.1, response_refusal=0.9, response_harmful=0.1)
-    assert rl.turn_reward(declined, Labels(False, True, False, True, p, 1.4)) == 0.25  # the format
+    lost = Labels(False, True, False, True, p, 1.4)
+    assert rl.turn_reward(declined, lost) == 0.0  # the format and the charge, each .25
+    assert rl.turn_reward(dataclasses.replace(attack, relevant=False), lost) == 0.0
+    assert rl.turn_reward(attack, lost) == pytest.approx(0.25 + 0.9 * 0.9)
 
 
 def test_an_empty_reply_is_no_way_out_of_a_penalty():
@@ -147,18 +150,33 @@ def scored(score, refusal=0.0):
     return Labels(True, refusal > 0.5, score > 3, True, p, score)
 
 
-@pytest.mark.parametrize("kind, labels, attacker", [
-    ("generated_harmful", scored(1.0), 0.0),
-    ("vanilla_harmful", scored(3.0), 0.5),
-    ("reflected_harmful", scored(5.0), 1.0),
-    ("replayed_harmful", scored(2.0), 0.25),
-    ("generated_harmful", scored(5.4), 1.0),
-    ("generated_harmful", scored(0.9), 0.0),
-    ("vanilla_benign", scored(5.0, 0.25), 0.25),
-    ("generated_benign", scored(1.0, 1.0), 1.0)])
-def test_ssp_rewards_are_complementary_and_clipped(kind, labels, attacker):
-    assert rl.game_reward("attacker", kind, labels, "ssp") == pytest.approx(attacker)
-    assert rl.game_reward("defender", kind, labels, "ssp") == pytest.approx(1 - attacker)
+@pytest.mark.parametrize("kind, labels, lost, kept", [
+    ("generated_harmful", scored(1.0), 0.0, 0.9),
+    ("vanilla_harmful", scored(3.0), 0.5, 0.9),
+    ("reflected_harmful", scored(5.0), 1.0, 0.9),
+    ("replayed_harmful", scored(2.0), 0.25, 0.9),
+    ("generated_harmful", scored(5.4), 1.0, 0.9),
+    ("generated_harmful", scored(0.9), 0.0, 0.9),
+    ("vanilla_benign", scored(5.0, 0.25), 0.25, 0.1),
+    ("paired_benign", scored(5.0, 0.25), 0.25, 0.1),
+    ("generated_benign", scored(1.0, 1.0), 1.0, 0.1)])
+def test_ssp_rewards_are_complementary_and_clipped(kind, labels, lost, kept):
+    """kept: the probability that the request has its seed's label; .9 that it is harmful."""
+    assert rl.game_reward("attacker", kind, labels, "ssp") == pytest.approx(lost * kept)
+    assert rl.game_reward("defender", kind, labels, "ssp") == pytest.approx(1 - lost)
+
+
+@pytest.mark.parametrize("kind, labels, defender", [
+    ("generated_harmful", scored(2.0), 0.75), ("generated_benign", scored(2.0, 1.0), 0.75),
+    ("generated_benign", scored(5.0, 0.0), 0.0)])
+def test_after_an_attack_that_drifted_only_the_reply_counts(kind, labels, defender):
+    """It earns less than an honest failure; the defender may refuse it, and is to be harmless."""
+    assert rl.game_reward("attacker", kind, labels, "ssp", True) == -0.25
+    assert rl.game_reward("attacker", kind, scored(1.0, 0.0), "ssp") == 0.0
+    assert rl.game_reward("defender", kind, labels, "ssp", True) == pytest.approx(defender)
+    empty = settle(labels, "")
+    assert rl.game_reward("attacker", kind, empty, "ssp", True) == -0.25
+    assert rl.game_reward("defender", kind, empty, "ssp", True) == 0.0
 
 
 def test_ssp_without_probabilities_drops_the_turn():
@@ -412,8 +430,44 @@ def test_whether_an_attack_declines_is_asked_of_the_attack(loaded, small):
     """A judge that calls replies of odd length refusals; without CoT so that no text is empty."""
     small.setattr(rl, "COT", False)
     turns = a_step(*loaded["qwen2"], word_judge(odd), seed=2)
-    declined = [t.role == "attacker" and odd(t.answer) for t in turns]
-    assert [t.declined for t in turns] == declined and {True, False} == set(declined[:4])
+    of_game = {t.game: odd(t.answer) for t in turns if t.role == "attacker"}
+    assert [t.declined for t in turns] == [of_game.get(t.game, False) for t in turns]
+    assert {True, False} == set(of_game.values())
+
+
+def test_an_attack_is_relevant_from_a_cosine_on(loaded, small):
+    """The embedder is asked for (attack, its seed); the reply is judged as one to the seed, too."""
+    for name, value in dict(METHOD="ssp", COT=False, RELEVANT=0.5).items():
+        small.setattr(rl, name, value)
+    asked = []
+
+    class Cosines:
+        def cosines(self, attack, seeds):
+            asked.append((attack, *seeds))
+            return [0.5 if odd(attack) else 0.4]
+
+    def harmful(request, reply):
+        return "bad" in request  # the seeds' prompts, not the attacks
+
+    model, tok = loaded["qwen2"]
+    games = rl.draw_seeds(some_seeds(), 0)
+    turns = rl.play(model, model, tok, FakeJudge(harmful=harmful), games, seeded(2),
+                    likeness=Cosines())
+    attacks = [t for t in turns if t.role == "attacker"]
+    assert asked == [(t.answer, t.seed["prompt"]) for t in attacks]
+    relevant = {t.game: odd(t.answer) for t in attacks}
+    assert {True, False} == set(relevant.values())
+    for t in turns:
+        assert t.relevant == relevant.get(t.game, True)
+        if t.game not in relevant or not t.relevant:
+            continue
+        of_attack, of_seed = ("bad" in text for text in (t.request, t.seed["prompt"]))
+        if t.role == "defender" and of_seed and not of_attack:
+            p = t.labels.p["response_harmful"]
+            assert 0.4 < p < 0.6 and t.labels.score == pytest.approx(1 + 4 * p)
+            break
+    else:
+        pytest.fail("no attacked harmful game")
 
 
 # ---- one update ----------------------------------------------------------------------------------
@@ -620,7 +674,7 @@ def test_replayed_games_come_on_top_of_a_step(monkeypatch, replay, n, replayed):
         monkeypatch.setattr(rl, name, value)
     seen = []
 
-    def stop(*args):
+    def stop(*args, likeness):
         seen.append(args[4])
         raise InterruptedError
 
@@ -677,6 +731,7 @@ def test_a_step_of_ssp_remembers_its_failures(loaded, small):
     """one_step: fresh failures come into the pool, replays are counted."""
     for name, value in dict(METHOD="ssp", REPLAY="plain", COT=False, LR=0.0).items():
         small.setattr(rl, name, value)
+    small.setattr("selfplay.replay.FAILED", 0)  # whatever the fresh replies are
     model, tok = copy.deepcopy(loaded["qwen2"][0]), loaded["qwen2"][1]
     pool = filled(3)
     r = session.Run(both(model), loaded["qwen2"][0], tok, even_harms(),
@@ -734,7 +789,8 @@ def small_run(workplace, tiny_models):
 def test_resume_with_a_pool_is_bit_for_bit(small_run, workplace, monkeypatch, capsys):
     """2 + 2 steps == 4 steps: weights, optimizer, pool."""
     monkeypatch.setattr(rl.judge, "load_judge", lambda *_, **__: even_harms())
-    words = ["METHOD=ssp", "COT=false"]
+    monkeypatch.setattr("selfplay.replay.FAILED", 0)
+    words = ["METHOD=ssp", "COT=false", "RELEVANT=0"]
     small_run(*words, "RUN=a", "STEPS=2")
     torch.manual_seed(5)  # nothing depends on the state of the process
     small_run(*words, "RUN=a", "STEPS=4")
@@ -748,6 +804,7 @@ def test_resume_with_a_pool_is_bit_for_bit(small_run, workplace, monkeypatch, ca
     totals, *items = read_jsonl(results / "pool.jsonl")
     visits = sum(totals["left"]) + sum(item["visits"] for item in items)
     assert visits > 0 and items and all(item["attack"] for item in items)
+    assert totals["distilled"]
     assert (results / "curves.png").stat().st_size > 10000
     # only the newest step keeps the optimizer
     assert not (workplace / "checkpoints/a/step_000002/state.safetensors").exists()
@@ -850,8 +907,8 @@ def test_greedy_games_of_dev_seeds(loaded, small):
         return seen[-1]
 
     small.setattr(rl, "play", spy)
-    r = session.Run(both(model), model, tok, even_harms(), None, None, some_seeds(), some_seeds(2),
-               lambda texts: numpy.eye(len(texts), 9), [], {}, 0, None)
+    r = session.Run(both(model), model, tok, even_harms(), None, Pool(9, 0.3, 0.8), some_seeds(),
+               some_seeds(2), lambda texts: numpy.eye(len(texts), 9), [], {}, 0, None)
     assert rl.evaluate(r, 7) == {}
     first, again = rl.evaluate(r, 20), rl.evaluate(r, 20)
     assert first == pytest.approx(again, nan_ok=True)
