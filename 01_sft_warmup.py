@@ -1,6 +1,6 @@
 """Stage 1: teach both roles the turn format by self-distillation -> checkpoints/01_sft/.
 
-    python 01_sft_warmup.py                  9 min on 2 cores with AMX, 13 GB; 19 min without
+    python 01_sft_warmup.py                  7 min, 6 GB on 2 CPU cores
 
 Paper: SRT (arXiv 2506.07468), its appendix on the supervised warm-up. Input: MODEL, SEEDS (splits
 train and dev), the judge. Output: checkpoints/RUN/ (model, tokenizer, meta.json, and the texts that
@@ -58,8 +58,8 @@ REPLY_TOKENS = 72         # longest reply, tokens; published: 2048
 THINK_TOKENS = 40         # longest post-filled thinking, tokens; published: 1024
 TEMPERATURE = 0.7         # of replies and thinking, for examples only; published: 0.6
 TOP_P: Share = 1.0        # nucleus, for examples only; published: 0.9
-LR = 4e-5                 # peak; a tenth of the updates up to it, then a cosine to a tenth (ours)
-LORA_RANK: Count = 0      # 0: all weights learn; else an adapter of this rank (engine/adapters.py)
+LR = 5e-4                 # peak; a tenth of the updates up to it, then a cosine to a tenth (ours)
+LORA_RANK: Count = 16     # of the adapter that learns (engine/adapters.py); 0: all weights, LR=4e-5
 LORA_ALPHA = 32           # its scale is alpha / rank (ours)
 BASE_QUANT: Literal["none", "nf4"] = "none"  # NF4 for the weights under an adapter, slower (ours)
 CHECKPOINTING = False     # compute activations twice, in less memory (hardware)
@@ -77,8 +77,8 @@ SEED = 0                  # of everything
 PAPER = dict(MODEL="Qwen/Qwen2.5-7B-Instruct", JUDGE="allenai/wildguard",
              SEEDS="allenai/wildjailbreak", DEFENDER_EXAMPLES=4000, ATTACKER_EXAMPLES=2000,
              WARMUP_REFUSALS=0.0, BRIEF=False, REPLY_TOKENS=2048, THINK_TOKENS=1024,
-             TEMPERATURE=0.6, TOP_P=0.9, LR=1e-5, BATCH=32, PROBE=256, SAMPLE_BATCH=128,
-             TRAIN_TOKENS=4096, OPTIMIZER="kahan")
+             TEMPERATURE=0.6, TOP_P=0.9, LR=1e-5, LORA_RANK=0, BATCH=32, PROBE=256,
+             SAMPLE_BATCH=128, TRAIN_TOKENS=4096, OPTIMIZER="kahan")
 GPU80 = dict(PAPER, LORA_RANK=32, LORA_ALPHA=64, LR=1e-4, OPTIMIZER="master", CHECKPOINTING=True)
 GPU48 = dict(GPU80, SAMPLE_BATCH=64)
 GPU24 = dict(GPU80, BASE_QUANT="nf4", REPLY_TOKENS=1024, THINK_TOKENS=512, SAMPLE_BATCH=24)

@@ -1,6 +1,6 @@
 """Stage 2, self-play RL: one model attacks and defends; a hand-written REINFORCE++ loop trains it.
 
-    python 02_selfplay_rl.py               100 steps of 32 seeds: 55 to 93 min, 13 GB on 2 cores
+    python 02_selfplay_rl.py               100 steps of 32 seeds: about 75 min, 6 GB on 2 CPU cores
     python 02_selfplay_rl.py METHOD=ssp    the second paper: other rewards, replay of past failures
     python 02_selfplay_rl.py --paper       7B policy, WildGuard in NF4 (not run; see README)
     python 02_selfplay_rl.py MODEL=<any instruct model> SFT=<defender.jsonl>    without a warm-up
@@ -84,8 +84,8 @@ BENIGN_FRACTION: Share = 0.5  # of the seeds; paper [SRT]: 0.5; [SSP] shows none
 ATTACKED: Share = 0.5     # share of seeds that go through the attacker; paper: 0.5
 ATTACK_TOKENS = 96        # longest attacker turn; paper: 2048
 REPLY_TOKENS = 112        # longest defender turn; paper: 2048
-LR = 5e-5                 # peak; paper: 5e-7 (7B, 128 seeds)
-LORA_RANK: Count = 0      # 0: all weights learn; else an adapter of this rank (engine/adapters.py)
+LR = 5e-4                 # peak; paper: 5e-7 (all weights of 7B, 128 seeds)
+LORA_RANK: Count = 16     # of the adapter that learns (engine/adapters.py); 0: all weights, LR=5e-5
 LORA_ALPHA = 32           # its scale is alpha / rank (ours)
 ADAPTERS: Literal["shared", "per_role"] = "shared"  # paper: one policy; per_role: two adapters
 BASE_QUANT: Literal["none", "nf4"] = "none"  # NF4 for the weights under an adapter, slower (ours)
@@ -132,8 +132,8 @@ PROGRESS = True           # progress bars (display)
 SEED = 0                  # of everything
 PAPER = dict(MODEL="Qwen/Qwen2.5-7B-Instruct", SFT="checkpoints/01_sft/defender.jsonl",
              JUDGE="allenai/wildguard", SEEDS="allenai/wildjailbreak", STEPS=200, HORIZON=312,
-             SEEDS_PER_STEP=128, ATTACK_TOKENS=2048, REPLY_TOKENS=2048, LR=5e-7, UPDATES=6,
-             SFT_COEF=1.0, SFT_BATCH=16, SAVE_EVERY=100, EVAL_EVERY=10, EVAL_SEEDS=200,
+             SEEDS_PER_STEP=128, ATTACK_TOKENS=2048, REPLY_TOKENS=2048, LR=5e-7, LORA_RANK=0,
+             UPDATES=6, SFT_COEF=1.0, SFT_BATCH=16, SAVE_EVERY=100, EVAL_EVERY=10, EVAL_SEEDS=200,
              DECLINED_LOSES=False, SAMPLE_BATCH=64, TRAIN_TOKENS=4096, OPTIMIZER="kahan",
              CARD="H200")
 # By arithmetic; nobody has run them. LR: ten times that of all weights (arXiv 2106.09685's use).

@@ -1,7 +1,7 @@
 # make setup | demo | chat | test | bench: each alone is enough on a fresh machine with Python 3.11 or newer.
 PYTHON ?= python3
 PY := .venv/bin/python
-DEMO := STEPS=12 SEEDS_PER_STEP=16 SAVE_EVERY=6
+DEMO := STEPS=12 SEEDS_PER_STEP=8 SAVE_EVERY=6 EVAL_SEEDS=16
 
 .PHONY: setup demo chat test bench clean-demo
 
@@ -16,9 +16,11 @@ setup: .venv/complete
 
 # The whole chain on the embedded model, small: it proves that everything works, not that the method does.
 demo: setup
-	$(PY) 01_sft_warmup.py RUN=demo_01 DEFENDER_EXAMPLES=160 ATTACKER_EXAMPLES=96 PROBE=48
+	$(PY) 01_sft_warmup.py RUN=demo_01 DEFENDER_EXAMPLES=128 ATTACKER_EXAMPLES=80 EPOCHS=2 PROBE=32
 	$(PY) 02_selfplay_rl.py MODEL=checkpoints/demo_01 RUN=demo_02 $(DEMO)
-	$(PY) 03_evaluate.py CHECKPOINTS=smollm2,checkpoints/demo_01,checkpoints/demo_02 RUN=demo_03 LIMIT=48 CROSSPLAY=none
+	$(PY) 03_evaluate.py CHECKPOINTS=smollm2,checkpoints/demo_01,checkpoints/demo_02 RUN=demo_03 LIMIT=24 CROSSPLAY=none JUDGE2=
+	$(PY) -m evaluation.report RUN=demo_03 LIMIT=24
+	$(PY) -m selfplay.show adapters/selfplay checkpoints/demo_02
 
 # Talk to the trained defender; says what to do while adapters/selfplay is not there.
 chat: setup

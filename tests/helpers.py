@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("qwen2", "llama", "mistral")  # of the tiny models
 ROOMS = ("engine", "selfplay", "evaluation", "judge_adapter", "prompts")
 
-# A self-play run of seconds on a tiny model.
+# A self-play run of seconds on a tiny model, all of whose weights learn.
 SMALL = ["DTYPE=float32", "SEEDS_PER_STEP=4", "ATTACK_TOKENS=8", "REPLY_TOKENS=8", "SAVE_EVERY=2",
-         "SFT_BATCH=2", "JUDGE_FLOOR=0", "QUANTIZE=none", "EVAL_EVERY=0"]
+         "SFT_BATCH=2", "JUDGE_FLOOR=0", "QUANTIZE=none", "EVAL_EVERY=0", "LORA_RANK=0", "LR=5e-5"]
 
 
 def import_stage(name):

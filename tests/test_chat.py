@@ -12,7 +12,7 @@ import time
 import pytest
 from helpers import ROOT, copy_repo, run_script, stops
 
-from selfplay import chat, turns
+from selfplay import chat, show, turns
 
 
 @pytest.fixture
@@ -141,3 +141,36 @@ def test_a_bad_prompt_file_stops_before_the_model(tiny_models, tmp_path):
     done = run_script("-m", "selfplay.chat", tiny_models["qwen2"], cwd=folder, input="hello\n")
     assert done.returncode == 1 and done.stderr == (
         "error: prompts/defender_reflect.txt: No such file or directory\n")
+
+
+# ---- selfplay.show -------------------------------------------------------------------------------
+
+def test_games_of_checkpoints_side_by_side(monkeypatch, tiny_models, tmp_path, capsys):
+    """Four kinds of games; the attacked ones show the attack; nothing steers the terminal."""
+    names = []
+    for kind, cot in (("qwen2", True), ("llama", False)):
+        folder = shutil.copytree(tiny_models[kind], tmp_path / kind)
+        (folder / "meta.json").write_text(json.dumps(dict(constants=dict(COT=cot))))
+        names.append(str(folder))
+
+    def sample(model, tok, prompts, *_, **__):
+        text = "plan</think><answer>\x1b[2J " + "word " * 200 + "</answer>"
+        ids = tok(text, add_special_tokens=False).input_ids
+        return [(ids + [tok.turn_end], [0.0] * (len(ids) + 1)) for _ in prompts]
+
+    monkeypatch.setattr(turns, "sample", sample)
+    show.main(names)
+    parts = capsys.readouterr().out.split("\n\n")
+    assert [part.split(",")[0].strip() for part in parts] == [
+        "vanilla_harmful", "generated_harmful", "vanilla_benign", "generated_benign"]
+    for part in parts:
+        assert all(f" {name}\n" in part for name in names) and "\x1b" not in part
+        assert part.count("  reply ") == 2
+        assert part.count("  attack ") == (2 if part.lstrip().startswith("generated") else 0)
+        assert part.count("\\x1b") == part.count("  reply ") + part.count("  attack ")
+        assert part.count(" ...") >= 2 and max(map(len, part.splitlines())) <= 300
+
+
+def test_show_says_what_is_missing(tmp_path):
+    assert "usage" in stops(show.main, [])
+    assert "is not there" in stops(show.main, [str(tmp_path / "none")])

@@ -93,6 +93,18 @@ def test_two_processes_play_and_learn_as_one(folder, words, tiny_models, how):
         assert moved(tiny_models, two) > 1e-4
 
 
+def test_the_launcher_of_accelerate(folder, words):
+    """On a CPU it starts one process: the same games as by `python`."""
+    words = [*words, "STEPS=2"]
+    start(1, folder, "02_selfplay_rl", *words, "RUN=one")
+    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--cpu",
+                           "--num_processes", "2", LAUNCH, folder, "02_selfplay_rl", *words,
+                           "RUN=two"], timeout=300, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("step 002/2") == 1
+    assert games(folder, "one") == games(folder, "two") != []
+
+
 def test_shares_of_the_weights_and_back(folder, words, tiny_models):
     """FSDP2: three steps in two processes, then two more in one, as five in one."""
     how = ["METHOD=ssp", "UPDATES=3"]
