@@ -13,7 +13,7 @@ from helpers import (ROOT, SMALL, copy_repo, import_stage, keep_constants, read_
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL_SFT = ["DTYPE=float32", "PROBE=4", "DEFENDER_EXAMPLES=8", "ATTACKER_EXAMPLES=4",
-             "REPLY_TOKENS=8", "THINK_TOKENS=8", "EPOCHS=1", "BATCH=4"]
+             "REPLY_TOKENS=8", "THINK_TOKENS=8", "EPOCHS=1", "BATCH=4", "LORA_RANK=0", "LR=4e-5"]
 SMALL_EVAL = ["CHECKPOINTS=checkpoints/01_sft,checkpoints/02_rl", "LIMIT=3", "EVAL_TOKENS=8",
               "ATTACK_TOKENS=8", "DTYPE=float32", "JUDGE2="]
 

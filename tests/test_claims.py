@@ -23,7 +23,7 @@ from selfplay import chat, session, turns
 SMALL_WORDS = {
     "01_sft_warmup": ["DTYPE=float32", "PROBE=4", "DEFENDER_EXAMPLES=8", "ATTACKER_EXAMPLES=4",
                       "REPLY_TOKENS=8", "THINK_TOKENS=8", "EPOCHS=1", "BATCH=4", "QUANTIZE=none"],
-    "02_selfplay_rl": SMALL,
+    "02_selfplay_rl": [word for word in SMALL if not word.startswith(("LORA_RANK", "LR"))],
     "03_evaluate": ["EVAL_TOKENS=8", "ATTACK_TOKENS=8", "DTYPE=float32", "LIMIT=2"]}
 
 

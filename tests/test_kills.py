@@ -148,7 +148,8 @@ def words_of(stage, tiny_models, method="self_redteam"):
     judge = [f"JUDGE={tiny_models['mistral']}", "SEEDS=seeds.jsonl", "PROGRESS=false", "DTYPE=float32"]
     if stage.startswith("01"):
         return [f"MODEL={tiny_models['qwen2']}", *judge, "DEFENDER_EXAMPLES=4", "EPOCHS=1",
-                "ATTACKER_EXAMPLES=2", "PROBE=4", "REPLY_TOKENS=6", "THINK_TOKENS=6", "QUANTIZE=none"]
+                "ATTACKER_EXAMPLES=2", "PROBE=4", "REPLY_TOKENS=6", "THINK_TOKENS=6", "QUANTIZE=none",
+                "LORA_RANK=0"]
     if stage.startswith("02"):
         return ["MODEL=checkpoints/01_sft", *judge, *SMALL, "STEPS=3", "SAVE_EVERY=1",
                 f"METHOD={method}", "COT=false"]

@@ -161,7 +161,7 @@ def test_the_warm_up_and_the_evaluation_in_two_processes(folder, tiny_models):
     """01: the same examples, weights within 1e-5. 03: the same bytes."""
     first = [f"MODEL={tiny_models['qwen2']}", f"JUDGE={tiny_models['mistral']}", "DTYPE=float32",
              "DEFENDER_EXAMPLES=8", "ATTACKER_EXAMPLES=8", "REPLY_TOKENS=8", "THINK_TOKENS=8",
-             "PROBE=8", "EPOCHS=1", "QUANTIZE=none", "PROGRESS=false", "LR=1e-3"]
+             "PROBE=8", "EPOCHS=1", "QUANTIZE=none", "PROGRESS=false", "LR=1e-3", "LORA_RANK=0"]
     for n, name in ((1, "one"), (2, "two")):
         start(n, folder, "01_sft_warmup", *first, f"RUN={name}")
     one, two = (folder / "checkpoints" / name for name in ("one", "two"))
