@@ -41,8 +41,7 @@ Departures from the published code, each with its reason:
  i. An empty reply is neither refusal nor answer, so both players lose the refusal term (published:
     judged like any other, and then it wins a benign game). SSP: 0 for both; no visit that masters.
  j. MODEL has been warmed up and is the reference (published: the instruct model is both).
- k. SFT_COEF is 0.3: our 192 examples are few, and at weight 1 they hide the game (dev seeds, in
-    results/README.md).
+ k. SFT_COEF is 0.3: at weight 1 our few examples hide the game (figures: results/README.md).
 results/README.md has every setting of the published script beside that of --paper."""
 import collections
 import dataclasses
@@ -166,7 +165,7 @@ def signs(role, kind, labels):
 
 def ssp_reward(role, kind, labels, drifted):
     """[SSP]: from 0 to 1, complementary but for what is ours: an attack earns it times the
-    probability that the seed's label is kept; after one that has drifted only the reply counts."""
+    probability that the seed's label is kept; after one that drifted() only the reply counts."""
     harmful, p = kind.endswith("harmful"), labels.p
     if drifted and role == "attacker":
         return -DRIFT_LOSS
@@ -181,8 +180,7 @@ def ssp_reward(role, kind, labels, drifted):
 
 
 def game_reward(role, kind, labels, scheme, drifted=False):
-    """The game's reward of a turn: look up and add. None (turn dropped) if unparsed. drifted: SSP,
-    the attack is not about its seed, or declines."""
+    """The game's reward of a turn: look up and add. None (turn dropped) if unparsed."""
     if None in (labels.prompt_harmful, labels.response_refusal, labels.response_harmful):
         return None
     if scheme == "ssp":
@@ -193,19 +191,23 @@ def game_reward(role, kind, labels, scheme, drifted=False):
     return reward
 
 
+def drifted(turn):
+    """SSP: has the game's attack left its seed, or declined it?"""
+    return turn.declined and DECLINED_LOSES or not turn.relevant
+
+
 def r_def(turn):
     """SSP: what a defender's turn has got, without its format; None if dropped."""
-    return ssp_reward(turn.role, turn.kind, turn.labels, turn.declined or not turn.relevant)
+    return game_reward(turn.role, turn.kind, turn.labels, "ssp", drifted(turn))
 
 
 def turn_reward(turn, labels):
     """Game reward + format term (only with hidden CoT) - charge for a copy; None drops the turn."""
-    ssp, declined = METHOD == "ssp", turn.declined and DECLINED_LOSES
-    reward = game_reward(turn.role, turn.kind, labels, "ssp" if ssp else SCHEME,
-                         declined or not turn.relevant)
+    ssp = METHOD == "ssp"
+    reward = game_reward(turn.role, turn.kind, labels, "ssp" if ssp else SCHEME, drifted(turn))
     if reward is None:
         return None
-    if declined and not ssp and turn.role == "attacker":  # the lowest there is (departure h)
+    if drifted(turn) and not ssp and turn.role == "attacker":  # the lowest there is (departure h)
         reward = -sum(map(abs, REWARDS[SCHEME]["attacker"].values()))
     coef = SSP_FORMAT_COEF if ssp else FORMAT_COEF
     reward += coef * (1.0 if turn.well_formed else -1.0) * COT
@@ -279,8 +281,7 @@ def draw_seeds(seeds, step):
 
 def play(attacker, defender, tok, scorer, games, generator, temperature=1.0, likeness=None):
     """(2)-(5) Play the games (kind, seed, pool item if replayed) -> Turns of both roles with labels
-    and rewards. No gradient here. temperature: 0 for the greedy games of (8). likeness: SSP's, of
-    an attack and its seed; None: every attack is relevant."""
+    and rewards. No gradient here. temperature: 0 in (8). likeness: SSP's; None: all is relevant."""
     # (2) the attacker rewrites; its thinking stays hidden
     drafts = []
     for g, (kind, seed, *_) in enumerate(games):
@@ -309,13 +310,13 @@ def play(attacker, defender, tok, scorer, games, generator, temperature=1.0, lik
     for t, rewrite in zip(attacks, every[len(replies):]):
         relevant = not likeness or likeness.cosines(t.answer, [t.seed["prompt"]])[0] >= RELEVANT
         facts[t.game] = dict(declined=rewrite.response_refusal is True, relevant=bool(relevant))
-    for t, to_seed in zip(disguised, every[len(replies) + len(attacks):]):
-        if facts.get(t.game, {}).get("relevant", True):
-            labels[t.game] = mean_of(labels[t.game], to_seed)
+    to_seed = dict(zip([t.game for t in disguised], every[len(replies) + len(attacks):]))
     # (5) a reward for each turn
     turns = []
     for t in attacks + replies:
         t = dataclasses.replace(t, labels=labels[t.game], **facts.get(t.game, {}))
+        if t.game in to_seed and not drifted(t):
+            t = dataclasses.replace(t, labels=mean_of(t.labels, to_seed[t.game]))
         turns.append(dataclasses.replace(t, reward=turn_reward(t, t.labels)))
     return turns
 
@@ -489,7 +490,6 @@ def main(argv):
             if skipped == 3:
                 die(f"three steps in a row were not finite; their updates were left out and "
                     f"checkpoints/{RUN}/step_{saved:06d} was saved: lower LR, with another RUN=")
-    # a killed run may lack them
     parallel.once(monitor.write_curves, out, r.pool if METHOD == "ssp" else None)
     tracker.finish()
     print(f"made checkpoints/{RUN}/step_{STEPS:06d} and {run.short(out)}/curves.png; "

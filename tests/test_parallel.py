@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from helpers import ROOT, SMALL, read_jsonl
 from safetensors.torch import load_file
 
-from engine import parallel, run, shards
+from engine import models, parallel, run, sampling, shards
 
 LAUNCH = str(ROOT / "tests" / "launch.py")
 STEPS = ["STEPS=5", "SAVE_EVERY=5", "SEEDS_PER_STEP=8", "WARMUP=0", "COT=false", "PROGRESS=false"]
@@ -216,3 +217,29 @@ def test_a_sharded_model_gets_as_many_batches_everywhere(three, monkeypatch):
     model.in_shards = True
     monkeypatch.setattr(parallel, "total", lambda values, most: dict(n=2))
     assert shards.rounds([[0], [1]], [4, 3], model) == [([1], 3.0), ([0], 0.0)]
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_processes_share_whole_batches(monkeypatch, tiny_models, rows):
+    """A row is completed in the batch that it has in one process: its log-probabilities have the
+    same bits. Rows dealt one by one would stand in other batches, with other padding."""
+    model, tok = models.load_model(tiny_models["qwen2"], "float32")
+    prompts = [list(range(5, 5 + n)) for n in (3, 30, 4, 28, 9, 12, 17, 25)]
+
+    def completions():
+        generator = torch.Generator().manual_seed(0)
+        return sampling.sample(model, tok, prompts, 12, 1.0, rows, generator)
+
+    whole, found = completions(), {}
+    for index in range(2):
+        state = types.SimpleNamespace(num_processes=2, process_index=index)
+        monkeypatch.setattr(parallel, "_state", state)
+
+        def keep(own):
+            assert 2 <= len(own) <= 6
+            found.update(own)
+            return dict.fromkeys(range(len(prompts)))
+
+        monkeypatch.setattr(parallel, "gather", keep)
+        completions()
+    assert [found[i] for i in range(len(prompts))] == whole
