@@ -221,25 +221,32 @@ def test_a_sharded_model_gets_as_many_batches_everywhere(three, monkeypatch):
 
 @pytest.mark.parametrize("rows", [2, 4])
 def test_processes_share_whole_batches(monkeypatch, tiny_models, rows):
-    """A row is completed in the batch that it has in one process: its log-probabilities have the
-    same bits. Rows dealt one by one would stand in other batches, with other padding."""
+    """A row is completed in the batch that it has in one process: so its rounding is the same."""
     model, tok = models.load_model(tiny_models["qwen2"], "float32")
     prompts = [list(range(5, 5 + n)) for n in (3, 30, 4, 28, 9, 12, 17, 25)]
+    batches, decode, found = [], sampling._decode, {}
+
+    def spy(model, tok, prompts, *more):
+        batches.append(prompts)
+        return decode(model, tok, prompts, *more)
 
     def completions():
+        batches.clear()
         generator = torch.Generator().manual_seed(0)
-        return sampling.sample(model, tok, prompts, 12, 1.0, rows, generator)
+        out = sampling.sample(model, tok, prompts, 12, 1.0, rows, generator)
+        return out, list(batches)
 
-    whole, found = completions(), {}
+    def keep(own):
+        found.update(own)
+        return dict.fromkeys(range(len(prompts)))
+
+    monkeypatch.setattr(sampling, "_decode", spy)
+    (whole, want), shares = completions(), []
+    monkeypatch.setattr(parallel, "gather", keep)
     for index in range(2):
         state = types.SimpleNamespace(num_processes=2, process_index=index)
         monkeypatch.setattr(parallel, "_state", state)
-
-        def keep(own):
-            assert 2 <= len(own) <= 6
-            found.update(own)
-            return dict.fromkeys(range(len(prompts)))
-
-        monkeypatch.setattr(parallel, "gather", keep)
-        completions()
+        shares.append(completions()[1])
+    assert len(want) == 8 // rows and all(shares)
+    assert sorted(shares[0] + shares[1]) == sorted(want)
     assert [found[i] for i in range(len(prompts))] == whole

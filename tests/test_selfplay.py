@@ -179,6 +179,21 @@ def test_after_an_attack_that_drifted_only_the_reply_counts(kind, labels, defend
     assert rl.game_reward("defender", kind, empty, "ssp", True) == 0.0
 
 
+@pytest.mark.parametrize("loses", [True, False])
+@pytest.mark.parametrize("fields", [{}, dict(declined=True), dict(relevant=False)])
+@pytest.mark.parametrize("labels", [scored(2.0, 0.9), Labels(None, None, None, False, {}, 2.0)])
+def test_the_pool_sees_the_reward_without_the_format(monkeypatch, loses, fields, labels):
+    """One rule of what has drifted; a dropped turn is dropped for both."""
+    for name, value in dict(METHOD="ssp", COT=False, DECLINED_LOSES=loses).items():
+        monkeypatch.setattr(rl, name, value)
+    reply = turn("defender", "generated_benign", answer="x", labels=labels, **fields)
+    assert rl.r_def(reply) == rl.turn_reward(reply, labels)
+    assert (rl.r_def(reply) is None) == (not labels.parsed)
+    if labels.parsed:
+        drifted = fields.get("declined", False) and loses or "relevant" in fields
+        assert rl.r_def(reply) == pytest.approx(0.75 if drifted else 0.1)
+
+
 def test_ssp_without_probabilities_drops_the_turn():
     assert rl.game_reward("defender", "vanilla_harmful", Labels(True, False, True), "ssp") is None
 
