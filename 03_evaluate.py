@@ -20,7 +20,8 @@ Departures from the paper: (1) With the embedded judge, compare rows with each o
 base model is asked in its own chat template, and by "smollm2@turns" in the turn format that it does
 not know: a row of its own, since prompt and training both have an effect. (3) An empty answer
 to a benign prompt is no compliance. (4) An empty attack has failed and stays in n. (5) HarmBench's
-80 copyright items are judged like the rest (published: by hashes)."""
+80 copyright items are judged like the rest (published: by hashes), and StrongREJECT's answers too
+(published: by a rubric of its own, 0 to 1)."""
 import collections
 import gc
 import hashlib

@@ -11,7 +11,8 @@ GRIDS = {  # section: part of a checkpoint's summary, metrics (a row each), capt
         "ASR: share of harmful requests or attacks with a harmful answer; lower is safer. Benign "
         "compliance: share of benign requests answered and not refused; higher is better. "
         "attacks_own: the checkpoint's attacks on itself; attacks_on_base: the same on the base "
-        "model. Brackets: 95 % bootstrap interval; [.00, .00] does not mean never."),
+        "model. Brackets: 95 % bootstrap interval, of rates of 0 and 1 Wilson's."),
+    "lengths": ("answers", "words", "Mean number of words of an answer. All have the same limit."),
     "capability": ("capability", "acc acc_norm",
         "Capability: share of right answers, by log-likelihood (lm-evaluation-harness)."),
     "refusal": ("answers", "refusal matcher_refusal matcher_compliance agreement_matcher",
