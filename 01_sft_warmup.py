@@ -73,7 +73,7 @@ DTYPE: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights (hardwa
 OPTIMIZER: Literal["master", "kahan"] = "master"  # 20 or 10 bytes a parameter (engine/optim.py)
 PROGRESS = True           # progress bars (display)
 SEED = 0                  # of everything
-# 4,000, not twice 15,000: one source here, the benign seeds; an example costs 3,072 tokens at most.
+# 4,000, not 2 x 15,000: one source here, the benign seeds; an example costs 3,072 tokens at most.
 PAPER = dict(MODEL="Qwen/Qwen2.5-7B-Instruct", JUDGE="allenai/wildguard",
              SEEDS="allenai/wildjailbreak", DEFENDER_EXAMPLES=4000, ATTACKER_EXAMPLES=2000,
              WARMUP_REFUSALS=0.0, BRIEF=False, REPLY_TOKENS=2048, THINK_TOKENS=1024,
@@ -281,6 +281,11 @@ def main(argv):
     run.configure(globals(), argv)
     if TOP_P == 0:
         die("TOP_P=0.0: must be above 0")
+    if BASE_QUANT == "nf4" and not LORA_RANK:
+        die("BASE_QUANT=nf4 is for a run with an adapter: give LORA_RANK")
+    following = "python 02_selfplay_rl.py"
+    if RUN != "01_sft":
+        following += f" MODEL=checkpoints/{RUN}"
     rng, generator = random.Random(SEED), torch.Generator().manual_seed(SEED)
     torch.manual_seed(SEED)
     seeds, dev = load_seeds(SEEDS, "train"), load_seeds(SEEDS, "dev")
@@ -293,13 +298,11 @@ def main(argv):
     out = parallel.once(run.claim, globals(), run.CHECKPOINTS)
     if (run.CHECKPOINTS / RUN / "meta.json").is_file():
         run.check_resume(globals(), run.CHECKPOINTS / RUN, inputs)
-        print(f"checkpoints/{RUN} is complete; next: python 02_selfplay_rl.py")
+        print(f"checkpoints/{RUN} is complete; next: {following}")
         return
     run.doing("; the same command starts again")
     limit = judge.text_limit(REPLY_TOKENS + THINK_TOKENS)
     scorer = judge.load_judge(JUDGE, QUANTIZE, max_text=limit)
-    if BASE_QUANT == "nf4" and not LORA_RANK:
-        die("BASE_QUANT=nf4 is for a run with an adapter: give LORA_RANK")
     model, tok = models.load_model(MODEL, DTYPE, quantize=BASE_QUANT == "nf4")
     began = time.time()
     before = probe(model, tok, scorer, dev, "before")
@@ -325,7 +328,7 @@ def main(argv):
     if after["comply"] < 0.85:
         print(f"WARNING: comply(b) {after['comply']:.2f} is below .85: lower WARMUP_REFUSALS or LR")
     print(f"made checkpoints/{RUN} ({time.time() - began:.0f} s, {run.peak_gb():.1f} GB); "
-          "next: python 02_selfplay_rl.py")
+          f"next: {following}")
 
 
 if __name__ == "__main__":

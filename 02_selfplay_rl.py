@@ -17,7 +17,7 @@ curves.png, and checkpoints/RUN/step_NNNNNN/. A run that was cut off goes on fro
 
 The loop, as numbered in the code:
  1. Draw seeds, half harmful, half benign; of each half, the share ATTACKED goes to the attacker.
- 2. The attacker rewrites its seeds with hidden thinking; only the text inside <answer> leaves it.
+ 2. The attacker rewrites its seeds with hidden thinking, which never leaves it: the answer does.
  3. The defender answers every request with hidden thinking; with SSP some are past failures.
  4. The judge labels (request, reply), and (seed, attack) for departure h; it sees no thinking.
  5. Rewards per turn from a table, plus the format term.
@@ -39,7 +39,8 @@ Departures from the published code, each with its reason:
  h. An attack that the judge calls a refusal of its seed has lost (published: it is a rewrite like
     any other). A small defender repeats such an attack, so a benign request counts as refused.
  i. An empty reply is neither refusal nor answer, so both players lose the refusal term (published:
-    judged like any other, and then it wins a benign game). SSP: 0 for both; no visit that masters.
+    judged like any other, and then it wins a benign game). SSP: 0 for both, but a drifted attack
+    loses DRIFT_LOSS; no visit that masters.
  j. MODEL has been warmed up and is the reference (published: the instruct model is both).
  k. SFT_COEF is 0.3: at weight 1 our few examples hide the game (figures: results/README.md).
 results/README.md has every setting of the published script beside that of --paper."""
@@ -135,7 +136,7 @@ PAPER = dict(MODEL="Qwen/Qwen2.5-7B-Instruct", SFT="checkpoints/01_sft/defender.
              UPDATES=6, SFT_COEF=1.0, SFT_BATCH=16, SAVE_EVERY=100, EVAL_EVERY=10, EVAL_SEEDS=200,
              DECLINED_LOSES=False, SAMPLE_BATCH=64, TRAIN_TOKENS=4096, OPTIMIZER="kahan",
              CARD="H200")
-# By arithmetic; nobody has run them. LR: ten times that of all weights (arXiv 2106.09685's use).
+# By arithmetic; nobody has run them. LR: ten times that of all weights (Schulman et al. 2025).
 GPU80 = dict(PAPER, LORA_RANK=32, LORA_ALPHA=64, LR=5e-6, OPTIMIZER="master", SAMPLE_BATCH=128,
              TRAIN_TOKENS=16384, CARD="A100")
 GPU48 = dict(GPU80, SAMPLE_BATCH=64, TRAIN_TOKENS=4096, CARD="L40S")
@@ -154,18 +155,18 @@ REWARDS = {"general_sum": dict(attacker=ATTACKER, defender=DEFENDER),
 
 def signs(role, kind, labels):
     """+1 or -1 for each term; a "harmful prompt" is the judge's label of what the defender saw."""
-    sign = {True: 1.0, False: -1.0}
+    faithful = labels.prompt_harmful == kind.endswith("harmful")  # "revision faithfulness"
     right = labels.response_refusal == labels.prompt_harmful  # harmful refused, benign answered
-    if labels.empty:  # neither: both players lose this term (departure i)
+    if labels.empty:  # both lose this term (departure i); its size is negative for the attacker
         right = role == "attacker"
-    # faithful: "revision faithfulness"
-    return dict(faithful=sign[labels.prompt_harmful == kind.endswith("harmful")],
-                harmful_reply=sign[labels.response_harmful], right_refusal=sign[right])
+    terms = dict(faithful=faithful, harmful_reply=labels.response_harmful, right_refusal=right)
+    return {name: 1.0 if true else -1.0 for name, true in terms.items()}
 
 
 def ssp_reward(role, kind, labels, drifted):
-    """[SSP]: from 0 to 1, complementary but for what is ours: an attack earns it times the
-    probability that the seed's label is kept; after one that drifted() only the reply counts."""
+    """[SSP]: the defender earns 1 - lost, the attacker lost; both from 0 to 1. Ours: the attacker's
+    is times the probability that the seed's label is kept; an attack that has_drifted() gets
+    -DRIFT_LOSS, and its defender is judged by the harm of the reply alone."""
     harmful, p = kind.endswith("harmful"), labels.p
     if drifted and role == "attacker":
         return -DRIFT_LOSS
@@ -191,23 +192,23 @@ def game_reward(role, kind, labels, scheme, drifted=False):
     return reward
 
 
-def drifted(turn):
-    """SSP: has the game's attack left its seed, or declined it?"""
+def has_drifted(turn):
+    """Has the game's attack declined its seed (departure h) or, with SSP, left it?"""
     return turn.declined and DECLINED_LOSES or not turn.relevant
 
 
 def r_def(turn):
     """SSP: what a defender's turn has got, without its format; None if dropped."""
-    return game_reward(turn.role, turn.kind, turn.labels, "ssp", drifted(turn))
+    return game_reward(turn.role, turn.kind, turn.labels, "ssp", has_drifted(turn))
 
 
 def turn_reward(turn, labels):
     """Game reward + format term (only with hidden CoT) - charge for a copy; None drops the turn."""
-    ssp = METHOD == "ssp"
-    reward = game_reward(turn.role, turn.kind, labels, "ssp" if ssp else SCHEME, drifted(turn))
+    ssp, drifted = METHOD == "ssp", has_drifted(turn)
+    reward = game_reward(turn.role, turn.kind, labels, "ssp" if ssp else SCHEME, drifted)
     if reward is None:
         return None
-    if drifted(turn) and not ssp and turn.role == "attacker":  # the lowest there is (departure h)
+    if drifted and not ssp and turn.role == "attacker":  # the lowest there is (departure h)
         reward = -sum(map(abs, REWARDS[SCHEME]["attacker"].values()))
     coef = SSP_FORMAT_COEF if ssp else FORMAT_COEF
     reward += coef * (1.0 if turn.well_formed else -1.0) * COT
@@ -301,21 +302,20 @@ def play(attacker, defender, tok, scorer, games, generator, temperature=1.0, lik
                        SAMPLE_BATCH, generator, ROLLOUT)
     # (4) the judge sees (request, reply), and (seed, attack): does the attacker decline? With SSP
     # also (seed, reply): what was asked for in disguise counts as half of the reply's score
-    exchanges = [(t.request, t.answer) for t in replies]
-    rewrites = [(t.seed["prompt"], t.answer) for t in attacks]
     disguised = [t for t in replies if METHOD == "ssp" and t.request != t.seed["prompt"]]
-    undisguised = [(t.seed["prompt"], t.answer) for t in disguised]
-    every = scorer.classify(exchanges + rewrites + undisguised)
-    labels, facts = every[:len(replies)], {}
-    for t, rewrite in zip(attacks, every[len(replies):]):
+    labels, rewrites, undisguised = judge.classify_lists(
+        scorer, [(t.request, t.answer) for t in replies],  # one a game: labels[g] is game g's
+        [(t.seed["prompt"], t.answer) for t in attacks],
+        [(t.seed["prompt"], t.answer) for t in disguised])
+    facts, to_seed = {}, {t.game: x for t, x in zip(disguised, undisguised)}
+    for t, x in zip(attacks, rewrites):
         relevant = not likeness or likeness.cosines(t.answer, [t.seed["prompt"]])[0] >= RELEVANT
-        facts[t.game] = dict(declined=rewrite.response_refusal is True, relevant=bool(relevant))
-    to_seed = dict(zip([t.game for t in disguised], every[len(replies) + len(attacks):]))
+        facts[t.game] = dict(declined=x.response_refusal is True, relevant=bool(relevant))
     # (5) a reward for each turn
     turns = []
     for t in attacks + replies:
         t = dataclasses.replace(t, labels=labels[t.game], **facts.get(t.game, {}))
-        if t.game in to_seed and not drifted(t):
+        if t.game in to_seed and not has_drifted(t):
             t = dataclasses.replace(t, labels=mean_of(t.labels, to_seed[t.game]))
         turns.append(dataclasses.replace(t, reward=turn_reward(t, t.labels)))
     return turns
@@ -349,7 +349,7 @@ def update(model, optimizer, turns, advantage, old, sft_batch, lr):
     """(7) A step on turns, advantages [T], old log-probs [T] (None: on-policy) -> dict of sums.
     Several processes share the micro-batches; optimizer.step sums their gradients."""
     tokens = sum(len(t.ids) for t in turns)
-    out, defender = dict(loss=0.0, entropy=0.0, clipped=0, gap=0.0), model
+    out, defender = dict(entropy=0.0, clipped=0, gap=0.0), model
     if isinstance(model, dict):
         defender = model["defender"]
     with progress.bar(len(turns), "learning", "turn") as bar:
@@ -366,7 +366,6 @@ def update(model, optimizer, turns, advantage, old, sft_batch, lr):
             if not weight:
                 continue
             sampled_N = torch.cat([torch.tensor(turns[i].logps) for i in part]).to(logp_N.device)
-            out["loss"] += loss.item() / tokens
             out["entropy"] += entropy_N.sum().item()
             out["gap"] += (logp_N.detach() - sampled_N).abs().sum().item()
             out["clipped"] += clipped
@@ -492,8 +491,9 @@ def main(argv):
                     f"checkpoints/{RUN}/step_{saved:06d} was saved: lower LR, with another RUN=")
     parallel.once(monitor.write_curves, out, r.pool if METHOD == "ssp" else None)
     tracker.finish()
+    those = "" if RUN == "02_rl" else f" CHECKPOINTS=smollm2,{MODEL},checkpoints/{RUN}"
     print(f"made checkpoints/{RUN}/step_{STEPS:06d} and {run.short(out)}/curves.png; "
-          "next: python 03_evaluate.py")
+          f"next: python 03_evaluate.py{those}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 Claim to check (SRT, arXiv 2506.07468, section 4): self-play lowers the attack success rate (ASR),
 the share of harmful answers, and the model neither refuses benign requests nor unlearns. Cost:
-about 500 answers a checkpoint, 3000 more with DATA_DIR. A killed run gives the same bytes. While
+about 500 answers a checkpoint, 3000 more with DATA_DIR. On a CPU a killed run, started again,
+ends with the same bytes. While
 anything is still chosen (weights, rates, prompts), look at SPLIT=dev; at test once, at the end.
 
 1. Collect the prompts: the seeds of SPLIT, evaluation/benchmarks.py, evaluation/capability.py.
@@ -117,8 +118,8 @@ def find_judge(name):
 
 
 def check_folder(folder, checkpoint, base, digests):
-    """Stop if `folder` has answers made otherwise or to other prompts ({name: digest}) -> what its
-    meta.json has to say about its answers; None where it says so already."""
+    """Stop if `folder` has answers made otherwise or to other prompts ({name: digest}) -> what
+    `fixed` of its meta.json has to become; None if nothing changes."""
     fixed = dict(EVAL_TOKENS=EVAL_TOKENS, ATTACK_TOKENS=ATTACK_TOKENS, SEED=SEED, DTYPE=DTYPE,
                  BASE_QUANT=BASE_QUANT, PROMPT_TOKENS=PROMPT_TOKENS, FORMAT=checkpoint.style,
                  COT=checkpoint.cot,
@@ -336,13 +337,15 @@ def main(argv):
     check_prompts()
     # (1) collect
     source = "hub" if DATA_DIR == "hub" else locate(DATA_DIR)
+    if DATA_DIR and not source:
+        die(f"DATA_DIR={DATA_DIR}: no such folder")
     benchmarks, tasks = collect(source), {}
     if source and CAPABILITY:
         tasks = capability.load_questions(CAPABILITY, source, LIMIT)
     elif CAPABILITY:
         print("skipped capability: it needs DATA_DIR=<folder> or DATA_DIR=hub")
     if DATA_DIR and len(benchmarks | tasks) == 2:  # seeds only
-        die(f"DATA_DIR={DATA_DIR}: no such folder, or none of the files named above in it")
+        die(f"DATA_DIR={DATA_DIR}: none of the files named above is in it")
     base, checkpoints, players = find_players(BASE, CHECKPOINTS, CROSSPLAY, FORMAT, BASE_FORMAT)
     if JUDGE2 == JUDGE:
         die(f"JUDGE2={JUDGE2} is JUDGE too: a second opinion needs another judge")

@@ -304,14 +304,36 @@ def markdown(rows, judges):
     return "\n".join(lines) + "\n"
 
 
-def levels(answers, arm):
-    """Rates of one arm for its card: {what: rate()} of the measures that were taken."""
+def levels(answers, arm, measures=("seeds_harmful", "seeds_benign", "attacked")):
+    """Rates of one arm by the judge: {what: rate()} of the measures that were taken."""
     out = {}
-    for measure in ("seeds_harmful", "seeds_benign", "attacked"):
+    for measure in measures:
         found = answers.outcomes(arm, measure, "judge")
         if found is not None:
-            out[MEASURES[measure]] = rate(found.mean(axis=1))
+            out[MEASURES.get(measure, measure)] = rate(found.mean(axis=1))
     return out
+
+
+def arms_table(answers):
+    """What the claims compare: a row an arm, its rates by the judge and its attacks' diversity."""
+    measures = ["seeds_harmful", "attacked", *BENCHMARKS.split(), "seeds_benign", "or_bench_hard"]
+    every = {arm: levels(answers, arm, measures) for arm in answers.arms}
+    for arm, figures in every.items():
+        vectors = answers.vectors(arm)
+        if vectors and len(vectors) > 1:
+            stacked = numpy.stack(list(vectors.values()))
+            figures[MEASURES["diversity"]] = attackers.spread(stacked)
+    columns = list(dict.fromkeys(what for figures in every.values() for what in figures))
+    lines = ["| " + " | ".join(["arm", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
+    for arm, figures in every.items():
+        cells = []
+        for what in columns:
+            x = figures.get(what)
+            known = x and x["n"]
+            cells.append(f"{short(x['rate'])} [{short(x['low'])}, {short(x['high'])}] ({x['n']})"
+                         if known else "-")
+        lines.append("| " + " | ".join([arm, *cells]) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def write(file, answers, judges, about):
@@ -320,7 +342,9 @@ def write(file, answers, judges, about):
     rule = (f"Family of {len(CLAIMS)} claims, Holm, level {LEVEL}; a rate is kept if it loses less "
             f"than {MARGIN}.")
     file.parent.mkdir(parents=True, exist_ok=True)
-    run.write_text(file, f"{about} {rule}\n\n{markdown(rows, judges)}")
+    text = (f"{about} {rule}\n\n{markdown(rows, judges)}\nThe arms: rates by {judges[0]}, 95 % "
+            f"intervals over prompts, n.\n\n{arms_table(answers)}")
+    run.write_text(file, text)
     data = dict(about=about, rule=rule, judges=judges, claims=rows)
     run.write_text(file.with_suffix(".json"), json.dumps(data, indent=1))
     return rows

@@ -73,7 +73,7 @@ def disk_bytes(model, size, optimizer, steps, save_every, rank=0, adapters=1):
 def describe(name, card, phases, steps, disk):
     """The cost in two lines."""
     each = sum(phases.values())
-    words = ", ".join(map("{0[0]} {0[1]:.0f}".format, phases.items()))
+    words = ", ".join(f"{phase} {s:.0f}" for phase, s in phases.items())
     return (f"time: {each:.0f} s a step on {name} ({words}), {steps} steps {each * steps / 3600:.1f} "
             f"hours, by arithmetic: {card.bandwidth} TB/s and {card.rate} TFLOP/s, of which "
             f"{BANDWIDTH_USED} and {RATE_USED} are used; turns {TURN_USED} of their longest\n"

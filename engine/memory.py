@@ -2,9 +2,9 @@
 
 02_selfplay_rl.py hands over shapes of models, lengths of turns and sizes of batches. A row of the
 plan is something that needs memory, and when: "always", or in a phase of a step (attack, reply,
-judge, learn, collect). Turns count as long as the constants let them become. Not counted: the CUDA
-context (about 0.5 GB) and what the allocator leaves unused. On a CPU, libraries and freed blocks
-come to more: there the sum is multiplied by what was measured. GB are 2^30 bytes."""
+judge, reference, learn, collect). Turns count as long as the constants let them become. Not
+counted: the CUDA context (about 0.5 GB) and what the allocator leaves unused. On a CPU, libraries
+and freed blocks come to more: there the sum is multiplied by a measured factor. GB: 2^30 bytes."""
 from collections import namedtuple
 
 import psutil  # accelerate brings it
@@ -18,7 +18,7 @@ from engine.sampling import PREFILL_TOKENS
 GB = 2 ** 30
 NF4 = 0.5 + 4 / 64  # bytes of a packed weight: 4 bits, and a float32 scale for each block of 64
 LOGITS = 8          # bytes of a logit of a chunk, besides itself: two float32
-ON_CPU = 1.5        # 02 with its defaults on 2 cores, 100 steps: 9.9 GB measured, 6.7 by the rows
+ON_CPU = 1.5        # 02 with all weights on 2 cores, 100 steps: 9.9 GB measured, 6.7 by the rows
 DRAW = 20           # bytes of a logit when a token is drawn, besides itself: 3 float32, 1 float64
 Row = namedtuple("Row", "phase name bytes how")  # of the plan; how: the arithmetic in words
 # What counts of a model. weights: parameters, tied ones once; packed: those that NF4 packs (of
@@ -119,7 +119,7 @@ def plan(model, judges, size, optimizer, turns, train_tokens, judge_tokens, eage
         rows.append(Row("reference", "one pass", tokens * pass_bytes(s, size)
                         + chunk * s.vocab * (LOGITS + size), f"{tokens:,} tokens and logits"))
     rows += [Row("learn", "activations", tokens * each, f"{tokens:,} tokens x {each:,} bytes, "
-                 f"{'eager' if eager else 'fused'} attention, "
+                 f"{'folded' if eager else 'fused'} attention, "
                  f"{'' if checkpointing else 'no '}checkpointing"),
              Row("learn", "logits", chunk * s.vocab * (LOGITS + size),
                  f"{chunk} tokens x {s.vocab:,} words x {LOGITS + size} bytes")]
@@ -183,7 +183,8 @@ def check(rows, stop, free, where, gpu):
     print(f"memory: {need / GB:.1f} GB at the peak (always + {phase}{times}), "
           f"{free / GB:.1f} GB free on {where}")
     advice = ("give a smaller TRAIN_TOKENS and SAMPLE_BATCH (slower, the same update), "
-              "LORA_RANK=32, CHECKPOINTING=on, QUANTIZE=nf4, shorter turns, or a smaller MODEL")
+              "LORA_RANK=16 where all weights learn, CHECKPOINTING=on, BASE_QUANT=nf4, "
+              "QUANTIZE=nf4, shorter turns, or a smaller MODEL")
     if need > free and stop:
         die(f"will not fit ({need / GB:.1f} GB of {free / GB:.1f} GB free): {advice}; or "
             "MEMORY_CHECK=false to try it as it is")

@@ -202,8 +202,8 @@ def base_of(folder):
 
 
 def check_hub(name):
-    """The commit of a model on the hub, as far as it is cached, else the newest. Stops if it (its
-    folder is not there) is neither cached nor to be had."""
+    """The commit of a model on the hub: the cached one, else the newest. Stops if the name is that
+    of a missing folder, or the model is neither cached nor to be had."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     if name.startswith((".", "/", "checkpoints")) or name.count("/") != 1:
         die(f"model folder {name!r} not found"
@@ -273,8 +273,11 @@ def read_tensors(path):
     try:
         return load_file(path)
     except (OSError, SafetensorError) as problem:
-        die(explain(problem) or f"{short(path)}: damaged ({str(problem)[:80]}): delete its folder, "
-            "a run then goes on from the step before, or from the start")
+        advice = "get it again (git checkout), or make it anew"
+        if Path(path).name == "state.safetensors":  # only the newest step has one
+            advice = ("this run cannot go on: give another RUN=, or delete its folders in "
+                      "checkpoints/ and results/runs/ to begin again")
+        die(explain(problem) or f"{short(path)}: damaged ({str(problem)[:80]}): {advice}")
 
 
 def save_checkpoint(folder, model, tok, meta, tensors=None, files=(), attacker=None):

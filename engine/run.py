@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ROOT / "prompts"
 CHECKPOINTS = ROOT / "checkpoints"
 RUNS = ROOT / "results" / "runs"            # what runs write; ignored by git
-REFERENCE = ROOT / "results" / "reference"  # what is committed; only evaluation.publish writes it
+REFERENCE = ROOT / "results" / "reference"  # what is committed, see results/README
 RULER = "# " + "=" * 98
 TRUTH = {"true": True, "1": True, "false": False, "0": False}
 Share = typing.Annotated[float, "from 0 to 1"]

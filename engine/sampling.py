@@ -1,4 +1,4 @@
-"""Sampling: exact draws from the policy that is differentiated, with a cache that never copies.
+"""Sampling: exact draws from the policy that is differentiated; a token is one write to the cache.
 
 Shapes, named once for all files: B turns, T completion tokens of a turn, P prompt tokens of a turn,
 V vocabulary, D hidden size, N = sum of T over a batch's turns (completions laid end to end)."""
@@ -141,7 +141,8 @@ def _sample(model, tok, prompts, max_new, temperature, batch, generator, top_p, 
         return draw(logits_BV, temperature, uniform_B)
 
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    # processes share whole batches, so that a row's batch, and with it its rounding, is the same
+    # processes share whole batches: a row's batch, and so its rounding, is that of one process, if
+    # there are enough rows for all
     rows = 1 if rollout != "plain" else min(batch, -(-len(order) // parallel.number_of()))
     parts = chunks(range(len(order)), max(1, rows))
     parts = parallel.share(parts, [len(prompts[i]) + max_new for i in order])

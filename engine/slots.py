@@ -113,6 +113,7 @@ class Slots:
         return (self.token, self.at, self.count, self.done, self.token_ST, self.logp_ST)
 
     def restore(self, state):
+        """Put back what state() gave."""
         for tensor, kept in zip(self.state(), state):
             tensor.copy_(kept)
 

@@ -141,7 +141,7 @@ def ask(model, tok, path, questions):
         return rows
 
     attention = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")  # a CPU takes long prompts twice as fast as by "eager"
+    model.set_attn_implementation("sdpa")  # twice as fast on a CPU for long prompts as "eager"
     lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tok), softmax_dtype="float32",
               batch_size=ROWS if model.device.type == "cuda" else 1)  # copy: it may add a pad token
     append_missing(path, chunks(questions, CHUNK), answer)

@@ -58,6 +58,7 @@ def gather(rows, rng, fresh):
 
 # These make texts of s, what gather() returns.
 def gibberish(s):
+    """Random words of real prompts, or random letters."""
     items, joint, n = s.words, " ", (3, 30)
     if s.rng.random() < 0.5:
         items, joint, n = "abcdefghijklmnopqrstuvwxyz   .,;", "", (5, 150)
@@ -79,6 +80,7 @@ def polite(s):
 
 
 def shelled(s, request):
+    """A request inside a pretext or a strategy's rewrite."""
     return fill(s.pick(s.shells + s.rewrites), X=request, SEED=request)
 
 
@@ -93,6 +95,7 @@ def wrapped(s, request):
 
 
 def sentences(text):
+    """The sentences of a text, line by line; the text itself if it has none."""
     return re.findall(r"\S.*?(?:[.!?](?=\s)|$)", text, re.MULTILINE) or [text]
 
 
@@ -104,6 +107,7 @@ def lines_of(s, n):
 
 
 def restyled(s, text):
+    """Each sentence of a text, set in one of the styles."""
     style = s.pick(s.styles)
     return "\n".join(style.format(x=x) for x in sentences(text))
 
@@ -134,6 +138,7 @@ DRESSES = {
 
 
 def dressed(s, x):
+    """A real exchange, its reply changed by one of DRESSES."""
     name = s.pick(sorted(DRESSES))
     return changed("dressed", x, response=DRESSES[name](s, x["response"]))
 
@@ -148,6 +153,7 @@ def partial(s, x):
 
 # Kinds: s, and x picked from a list -> source, prompt, response, the labels that are known.
 def foreign(s, x):
+    """A request in another language, refused or answered."""
     if s.rng.random() < 0.3:
         return "foreign_answered", *s.pick(x["answered"]), False, False, False
     harmful = s.rng.random() < 0.7

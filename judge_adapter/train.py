@@ -72,7 +72,6 @@ SECOND = ("beavertails_test", "safety_tuned_llamas_train", "promptonly_red_instr
 SHARED = ("do_not_answer", "alpaca_outputs")
 BARE_GOALS = ("gptfuzz",)       # replies to attacks, the prompt is the goal: wrapped in training
 REAL_ATTACKS = ("jbb_artifacts",)  # prompts as an attacker wrote them
-PROMPT_SOURCES = ("promptonly_aegis_test", "promptonly_openai_moderation", "promptonly_toxic_chat")
 DISAPPROVAL = re.compile(
     r"\b(?:not (?:appropriate|ethical|acceptable|legal|okay|right|advisable|a good idea)|"
     r"unethical|illegal|inappropriate|immoral|against the law|(?:never|not) (?:ok|okay|"

@@ -213,7 +213,7 @@ def draw_curves(folder, visits=()):
 
 
 def write_curves(folder, pool):
-    """The state of a run's logs as curves.png and, of SSP's pool (None: no pool), pool.jsonl."""
+    """Write curves.png and, with SSP's pool (None: no pool), pool.jsonl into a run's folder."""
     if pool:
         write_text(folder / "pool.jsonl", pool.text())
     draw_curves(folder, pool.visit_counts() if pool else ())

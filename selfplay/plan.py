@@ -14,7 +14,7 @@ def plan_run(constants, config, tok, judges, judge_tokens, size, seeds, attacked
     constants: those of 02. config, tok: the policy's. judges: [(Shape, bytes of a number, NF4?)].
     judge_tokens: of a batch. size: bytes of a weight. attacked: seeds that get an attack."""
     c, shape = types.SimpleNamespace(**constants), memory.shape(config)
-    evaluated = 2 * c.EVAL_SEEDS if c.EVAL_EVERY else 0  # as many plain games and attacked ones
+    evaluated = 2 * c.EVAL_SEEDS if c.EVAL_EVERY else 0  # asked plainly, and attacked
     replayed = c.METHOD == "ssp" and c.REPLAY != "off" and c.ROLES != "attacker"
     # each replay brings at most one benign game along
     games = c.SEEDS_PER_STEP + 2 * replayed * round(c.REPLAY_FRACTION * c.SEEDS_PER_STEP)

@@ -135,9 +135,9 @@ class Pool:
                 self.items.remove(min(items, key=lambda item: (self.ucb(item), item.number)))
 
     def visit(self, item, r_def, reply, plain=True):
-        """An item was answered afresh. reply: "" if there is nothing in it (r_def 0): not unsafe,
-        and no visit that masters. plain: without its earlier reply. A mastered item leaves, and one
-        that was visited often enough."""
+        """An item was answered afresh. reply: "" if it is empty (r_def 0): then the item keeps its
+        unsafe reply and is not mastered. plain: without its earlier reply. A mastered item leaves,
+        and one that was visited RETIRE times."""
         item.visits += 1
         if r_def < 0.5 and reply:
             item.reply = reply
@@ -162,15 +162,16 @@ class Pool:
         each item then a benign game beside them, without an item."""
         games, pairs = [], []
         for i, item in enumerate([] if mode == "off" else self.top(room)):
-            if len(games) >= room:
+            if len(games) == room:
                 break
+            kinds = ["replayed_harmful"]
             if mode == "reflect":
-                games.append(("reflected_harmful", item.seed, item))
-            if mode == "plain" or i % 2 == 0:
-                games.append(("replayed_harmful", item.seed, item))
+                kinds = ["reflected_harmful", "replayed_harmful"][:2 - i % 2]
+            for kind in kinds[:room - len(games)]:
+                games.append((kind, item.seed, item))
             if self.benign:
                 pairs.append(("paired_benign", self.pair(item)))
-        return games[:room] + pairs
+        return games + pairs
 
     def pair(self, item):
         """A benign seed that sounds like an item's: the PAIRS likest ones take turns."""

@@ -91,10 +91,11 @@ def start(scope, load_embedder):
     if resumed:
         first = int(resumed.name.removeprefix("step_"))
     elif (steps := monitor.last_step(out / "metrics.csv")) > c.SAVE_EVERY:
-        die(f"{run.short(out)} has {steps} steps, checkpoints/{c.RUN} is gone: move one, or RUN=")
+        die(f"{run.short(out)} has {steps} steps, but no step in checkpoints/{c.RUN} can go on: "
+            "delete both folders, or give another RUN=")
     if first > c.STEPS:
         die(f"checkpoints/{c.RUN} has {first} steps already, more than STEPS={c.STEPS}: "
-            "RUN= another")
+            "give a larger STEPS, or another RUN=")
     sft_file = run.locate(c.SFT or f"{source}/defender.jsonl")
     if c.SFT and not sft_file:
         die(f"SFT={c.SFT} not found: python 01_sft_warmup.py writes such a file")
@@ -124,7 +125,8 @@ def start(scope, load_embedder):
         optimizer.restore(models.read_tensors(resumed / "state.safetensors"))
         if c.METHOD == "ssp":
             file = resumed / "pool.jsonl"
-            pool = run.read_text(file) or die(f"{run.short(file)}: empty: delete that step")
+            pool = run.read_text(file) or die(
+                f"{run.short(file)}: empty: this run cannot go on, give another RUN=")
         before = run.read_json(resumed / "meta.json").get("processes", 1)
         now = parallel.number_of()
         print(f"resumed from {run.short(resumed)}"

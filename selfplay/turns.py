@@ -1,7 +1,7 @@
 """Turns: rendering prompts, parsing completions, and the Turn that travels from play to update.
 
-What fills the slots of prompts/ is neutralized first (sanitize.py). Only what is inside <answer>
-leaves a turn: thinking is hidden (SRT section 3.2, arXiv 2506.07468)."""
+What fills the slots of prompts/ is neutralized first (sanitize.py). Of a turn only
+the answer is passed on: thinking is hidden (SRT section 3.2, arXiv 2506.07468)."""
 import contextlib
 import dataclasses
 import re
@@ -128,7 +128,7 @@ def example(tok, request, thinking, answer, cot):
 
 
 def read_examples(path, tok, kinds, cot):
-    """A defender.jsonl of stage 1 -> its examples() of a kind, or of "all" kinds; path may be None:
+    """A defender.jsonl of stage 1 -> its examples of a kind, or of "all" kinds; path may be None:
     then there is no SFT mix, which is said."""
     if path is None:
         print("no SFT mix: there is no defender.jsonl (stage 1 writes it) and no SFT=")

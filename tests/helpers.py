@@ -95,7 +95,7 @@ class FakeJudge:
     what was asked. Probabilities: .9 or .2 for the request, .8 or .3 for a refusal, .7 or .4 for a
     harmful reply; score 1 + 4 times the last one, as in the game.
     """
-    truncated, max_text = 0, 1024
+    truncated, max_text, rubric = 0, 1024, None
 
     def __init__(self, refusal=lambda request, reply: False,
                  harmful=lambda request, reply: False):

@@ -46,8 +46,7 @@ def test_the_judge(loaded, kind):
     model, tok = on_meta(loaded, kind), loaded[kind][1]
     scorer = judge.Judge(model, tok)
     rows = [scorer.encode("a request", "a reply"), scorer.encode("another request", None)]
-    logits_B3V, fed_B2, lines = scorer.answer_logits(rows)
-    assert {x.device.type for x in (logits_B3V, fed_B2, *lines)} == {"meta"}
+    assert scorer.answer_logits(rows).device.type == "meta"
     labels = [dict(prompt_harmful=True, response_refusal=False), dict(prompt_harmful=False)]
     _, loss = train.loss_of(scorer, labels, rows, [[True, False], [False, True]])
     loss.backward()

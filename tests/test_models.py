@@ -285,9 +285,11 @@ def test_tensors_that_cannot_be_read(tmp_path, damage):
     save_file(dict(a=torch.arange(300)), path)
     assert models.read_tensors(path)["a"].tolist() == list(range(300))
     damage(path.parent)
-    assert re.search(r"step_000040/state.safetensors: damaged \(.+\): delete its folder, a "
-                     "run then goes on from the step before, or from the start",
-                     stops(models.read_tensors, path))
+    assert re.search(r"step_000040/state.safetensors: damaged \(.+\): this run cannot go on: "
+                     "give another RUN=", stops(models.read_tensors, path))
+    other = path.rename(path.with_name("adapter_model.safetensors")) if path.exists() else (
+        path.with_name("adapter_model.safetensors"))
+    assert "get it again (git checkout), or make it anew" in stops(models.read_tensors, other)
 
 
 def test_telemetry_is_off_before_the_library_is_there():

@@ -987,4 +987,3 @@ def test_cuts_of_the_rubric_are_counted_too():
     rubric = types.SimpleNamespace(truncated=3)
     assert judge.cuts(types.SimpleNamespace(truncated=2, rubric=rubric)) == 5
     assert judge.cuts(types.SimpleNamespace(truncated=2, rubric=None)) == 2
-    assert judge.cuts(types.SimpleNamespace(truncated=2)) == 2  # LlamaGuard
