@@ -34,8 +34,8 @@ Departures from the published code, each with its reason:
  f. Random numbers are a function of (SEED, step), so a resumed run needs no generator state.
  g. SSP: an attack is paid by how far its seed's label is kept, and charged if it is about something
     else (a rewrite by prompts/strategies.txt has a cosine above .46 with its seed; under 1 % have
-    .40 with another). The pool: selfplay/replay.py; its games come on top of a step's own. Other
-    kinds of turns have other ranges of reward, so each kind's advantages are normalized apart.
+    .40 with another). The pool: selfplay/replay.py; its games come on top of a step's own. Kinds of
+    turns differ in their range of reward: each one of 4 or more turns is normalized by itself.
  h. An attack that the judge calls a refusal of its seed has lost (published: it is a rewrite like
     any other). A small defender repeats such an attack, so a benign request counts as refused.
  i. An empty reply is neither refusal nor answer, so both players lose the refusal term (published:
@@ -186,10 +186,8 @@ def game_reward(role, kind, labels, scheme, drifted=False):
         return None
     if scheme == "ssp":
         return ssp_reward(role, kind, labels, drifted)
-    reward, sign = 0, signs(role, kind, labels)
-    for term, size in REWARDS[scheme][role].items():
-        reward += size * sign[term]
-    return reward
+    sign = signs(role, kind, labels)
+    return sum(size * sign[term] for term, size in REWARDS[scheme][role].items())
 
 
 def has_drifted(turn):
@@ -224,12 +222,15 @@ def token_returns(reward, logp_T, logp_ref_T, kl_coef):
     return r_T.flip(0).cumsum(0).flip(0)
 
 
-def baseline_group(turn):
-    """The turns that share a mean and a standard deviation: a role's; in SSP see departure g."""
+def baseline_groups(turns):
+    """The group of each turn, which shares a mean and a standard deviation; in SSP: departure g."""
     if METHOD != "ssp":
-        return turn.role
-    played, half = turn.kind.split("_")
-    return turn.role, played if played in ("replayed", "reflected") else half
+        return [t.role for t in turns]
+    groups, count = [], collections.Counter(t.kind for t in turns)
+    for t in turns:
+        apart = t.kind in ("replayed_harmful", "reflected_harmful") and count[t.kind] >= 4
+        groups.append((t.role, t.kind if apart else t.kind.split("_")[1]))
+    return groups
 
 
 def advantages(returns, groups):
@@ -388,11 +389,10 @@ def learn(model, ref, optimizer, turns, sft, step):
     old = logprobs_of(model, turns) if UPDATES > 1 else None
     before = old or [torch.tensor(t.logps) for t in turns]  # of sampling itself: departure d
     with models.visiting(ref, models.device()):  # it may live on the CPU, see REFERENCE
-        reference, returns, groups = logprobs_of(ref, turns), [], []
+        reference, returns = logprobs_of(ref, turns), []
     for t, logp_T, ref_T in zip(turns, before, reference):
         returns.append(token_returns(t.reward, logp_T, ref_T, KL_COEF))
-        groups.append(baseline_group(t))
-    advantage, degenerate = advantages(returns, groups)
+    advantage, degenerate = advantages(returns, baseline_groups(turns))
     kl = (torch.cat(before) - torch.cat(reference)).mean().item()
     # (7) one pass over the turns in UPDATES optimizer steps
     rng, sft_rng = random.Random(f"{SEED} update {step}"), random.Random(f"{SEED} sft {step}")

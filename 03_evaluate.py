@@ -117,9 +117,10 @@ def find_judge(name):
     return sha(name, JUDGE_QUANTIZE, limit, judge.fingerprint(name))
 
 
-def check_folder(folder, checkpoint, base, digests):
+def check_folder(folder, checkpoint, base, digests, defenders):
     """Stop if `folder` has answers made otherwise or to other prompts ({name: digest}) -> what
-    `fixed` of its meta.json has to become; None if nothing changes."""
+    `fixed` of its meta.json has to become; None if nothing changes. defenders: {file: digest of who
+    answers the attacks there}; another one's answers are deleted."""
     fixed = dict(EVAL_TOKENS=EVAL_TOKENS, ATTACK_TOKENS=ATTACK_TOKENS, SEED=SEED, DTYPE=DTYPE,
                  BASE_QUANT=BASE_QUANT, PROMPT_TOKENS=PROMPT_TOKENS, FORMAT=checkpoint.style,
                  COT=checkpoint.cot,
@@ -130,6 +131,12 @@ def check_folder(folder, checkpoint, base, digests):
     other = [f"{k}={old[k]} (now {v})" for k, v in fixed.items() if old.get(k, v) != v]
     if other:
         die(f"{run.short(folder)} was made with {', '.join(other)}: delete it or give another RUN=")
+    for name, digest in defenders.items():
+        if old.get(name, digest) != digest:
+            print(f"{run.short(folder)}/{name}.jsonl: of another checkpoint, made anew")
+            for path in folder.glob(f"{name}.*"):
+                path.unlink(missing_ok=True)
+    fixed |= defenders
     return old | fixed if old | fixed != old else None
 
 
@@ -362,7 +369,9 @@ def main(argv):
     for c in dict.fromkeys(checkpoints + players):
         only = digests if c in checkpoints else dict(seeds_harmful=digests["seeds_harmful"])
         folders[c.label] = run.RUNS / name / c.label
-        fixed[c.label] = check_folder(folders[c.label], c, base, only)
+        others = [d for d in players if c in players and d not in (c, base)]
+        fixed[c.label] = check_folder(folders[c.label], c, base, only, {
+            answers_name(c, d, base): d.digest for d in others})
     results = parallel.once(run.claim, dict(globals(), RUN=name), run.CHECKPOINTS)
     meta = run.make_meta(globals(), CHECKPOINTS)
     run.doing("; the same command goes on")

@@ -185,9 +185,8 @@ class Judge:
         """[(prompt, response or None)] -> [Labels] in the same order; batched by length; greedy."""
         if not pairs:
             return []
-        found = self._answers([self.encode(prompt, response) for prompt, response in pairs])
-        out = []
-        for x, (_, response) in zip(found, pairs):
+        out, rows = [], [self.encode(prompt, response) for prompt, response in pairs]
+        for x, (_, response) in zip(self._answers(rows), pairs):
             out.append(settle(x, response and unforge(plain(response), self.tok)))
         return with_scores(self, out, pairs)
 

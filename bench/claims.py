@@ -6,8 +6,8 @@
     python bench/claims.py ARMS=selfplay,sft_alone    these arms, and those that they start from
     python bench/claims.py TABLE_ONLY=true        the table from what is there
 
-1. Train: GRID below. All arms are adapters of one rank, with the same number of steps and games;
-   arms with one SEED draw the same seeds in the same order. 02 goes on by itself when it was cut.
+1. Train: GRID below. All arms are adapters of one rank, with the same number of steps; arms with
+   one SEED draw the same seeds in the same order (attacker_only plays the attacked ones). 02 goes on by itself when it was cut.
 2. Keep, after each arm: ADAPTERS_DIR/ARM (adapter in bfloat16, meta.json, a warm-up's SFT mix),
    results/reference/RUN/ARM (metrics.csv, 20 games, of SSP's arms the attacks that worked). An arm
    that is kept is finished: with these files the grid goes on on another machine.
@@ -31,13 +31,14 @@ from typing import Literal
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import judge  # noqa: E402
 import launcher  # noqa: E402
 import torch  # noqa: E402
 import verdicts  # noqa: E402
 from engine import adapters, batching, run  # noqa: E402
 from engine.run import die  # noqa: E402
 from evaluation import attackers, publish  # noqa: E402
-from selfplay.data import halves, load_seeds, read_rows  # noqa: E402
+from selfplay.data import halves, load_seeds, read_rows, seeds_digest  # noqa: E402
 
 # ==================================================================================================
 ARMS = ""                 # names of GRID with commas, also selfplay_seed1; "": all
@@ -172,7 +173,12 @@ def is_kept(arm):
     run.recover_folder(folder)
     if not (folder / adapters.WEIGHTS).is_file():
         return False
-    if other := launcher.differences(folder / "meta.json", command(arm)):
+    meta = run.read_json(folder / "meta.json", inputs=dict, constants=dict)
+    now = dict(JUDGE=judge.fingerprint(JUDGE), SEEDS=seeds_digest(meta["constants"]["SEEDS"]),
+               prompts=run.file_digest(*run.PROMPTS.glob("*.txt")))
+    other = launcher.differences(folder / "meta.json", command(arm))
+    other += [f"other {name}" for name in now if meta["inputs"].get(name) != now[name]]
+    if other:
         die(f"{run.short(folder)} was made with {', '.join(other)}: move it, or give another "
             "ADAPTERS_DIR=")
     return True
@@ -248,9 +254,9 @@ def worked(arm, games):
         attack = game.get("attacker") or dict(declined=True)
         harmful = game["kind"] == "generated_harmful" and game["labels"]["response_harmful"]
         if harmful and not attack.get("declined") and game["request"].strip():
-            seen[game["request"].strip()] = None
-    return [dict(id=f"{arm}-{n}", prompt=text, harmful=True, split="dev")
-            for n, text in enumerate(seen)]
+            seen.setdefault(game["request"].strip(), game["seed"])
+    return [dict(id=f"{seed}~{arm}-{n}", prompt=text, harmful=True, split="dev")
+            for n, (text, seed) in enumerate(seen.items())]
 
 
 def met_file():
@@ -281,8 +287,14 @@ def read_answers(arms, embed):
         labels[arm] = f"{run_of(f'response_{arm}')}/step_{RESPONSE_STEPS:06d}"
     folder = run.RUNS / f"{results('')}{limit}"
     there = [arm for arm in arms if (folder / arm / "attacks.jsonl").is_file()]
+    benchmarks = ()
+    if (folder / "summary.json").is_file():
+        asked = run.read_json(folder / "summary.json", constants=dict, benchmarks=dict)
+        benchmarks, by = asked["benchmarks"], asked["constants"]
+        if (by["JUDGE"], by["JUDGE2"]) != tuple(map(run.publishable, (JUDGE, JUDGE2))):
+            die(f"{run.short(folder)} has the labels of {by['JUDGE']} and {by['JUDGE2']}")
     return verdicts.Answers(folder, run.RUNS / f"{results('_response')}{limit}",
-                            run.RUNS / f"{RUN}_met", there, labels, embed)
+                            run.RUNS / f"{RUN}_met", there, labels, embed, benchmarks)
 
 
 def write_card(arm, answers):
@@ -307,7 +319,7 @@ def write_card(arm, answers):
 
 ## Scores
 
-{table if scores else "Not measured yet."}
+{table}
 
 Held-back seeds ({SPLIT}), greedy answers: harmful answers, or benign requests answered.
 
@@ -324,14 +336,17 @@ To be safe these weights are given under the same one.
 def write_table():
     """(5) of the docstring, from what is there."""
     arms = grid()
+    for arm in arms:
+        is_kept(arm)  # stops at one that was made otherwise
     answers = read_answers(arms, attackers.load_embedder(""))
     missing = [arm for arm in arms if arm not in answers.arms]
     about = (f"{len(answers.arms)} of {len(arms)} arms, {STEPS} steps of {SEEDS_PER_STEP} seeds, "
-             f"rank {RANK}, split {SPLIT}. Not evaluated: {', '.join(missing) or 'none'}.")
+             f"rank {RANK}, split {SPLIT}, {f'at most {LIMIT}' if LIMIT else 'all'} prompts of a "
+             f"benchmark. Not evaluated: {', '.join(missing) or 'none'}.")
     file = run.REFERENCE / RUN / ("claims_test.md" if SPLIT == "test" else "claims.md")
     rows = verdicts.write(file, answers, (JUDGE, JUDGE2), about)
     for arm in arms:
-        if (run.ROOT / kept_at(arm) / adapters.WEIGHTS).is_file():
+        if arm in answers.arms and (run.ROOT / kept_at(arm) / adapters.WEIGHTS).is_file():
             write_card(arm, answers)
     print(f"\n{about}")
     for row in rows:

@@ -160,15 +160,11 @@ class KahanAdamW(_Resumable):
         """Clip to norm `clip` (float32), update at rate `lr`, drop the gradients -> the norm.
         Several processes sum their gradients first."""
         if parallel.number_of() > 1:
-            every = []
             for p in self.params:  # a process may have had no work
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                every.append(p.grad)
-            self._sum(every)
+            self._sum([p.grad for p in self.params])
         grads = [shards.local(p.grad) for p in self.params if p.grad is not None]
-        norms = []
-        for g in grads:
-            norms.append(torch.linalg.vector_norm(g, dtype=torch.float32))
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
         norm = float(shards.over_all(torch.stack(norms).norm(), self.sharded)) if norms else 0.0
         if not self._is_finite(norm):
             for p in self.params:

@@ -25,7 +25,8 @@ RETIRE = 8         # visits after which an item leaves in any case: what is left
 FRESH = 3          # replies to a new failure's attack, asked for again: one reply may be bad luck
 FAILED = 2         # of them that must be unsafe, too
 ALIKE = 0.9        # cosine above which two attacks are one: of 20 rewrites of a seed one is so near
-DISTILLED = 64     # safe replies kept for the SFT mix, the newest: a quarter of it at most
+DISTILLED = 64     # safe replies kept for the SFT mix, the newest
+BEFORE = re.compile(r"earlier|previous|(?:last|that|my|unsafe) repl", re.I)  # of the unsafe reply
 PAIRS = 4          # benign seeds that take turns beside one attack, the likest ones
 # What the pool counts. left: visits of each item that has left. distilled: examples, their texts.
 TOTALS = dict(born=int, retired=int, left=list, distilled=list)
@@ -157,18 +158,13 @@ class Pool:
             item.weight *= DISCOUNT
 
     def games(self, room, mode):
-        """At most `room` games (kind, seed, item) by top UCB; mode: "off", "plain" or "reflect":
-        every second item also plainly, so that what is learnt holds without the earlier reply. For
-        each item then a benign game beside them, without an item."""
+        """A game (kind, seed, item) for each of the `room` items of highest UCB, and as many benign
+        ones without an item. mode: "off" (no games), "plain", or "reflect": an item is shown with
+        its earlier reply at every second visit, so that what is learnt holds without it."""
         games, pairs = [], []
-        for i, item in enumerate([] if mode == "off" else self.top(room)):
-            if len(games) == room:
-                break
-            kinds = ["replayed_harmful"]
-            if mode == "reflect":
-                kinds = ["reflected_harmful", "replayed_harmful"][:2 - i % 2]
-            for kind in kinds[:room - len(games)]:
-                games.append((kind, item.seed, item))
+        for item in [] if mode == "off" else self.top(room):
+            shown = mode == "reflect" and item.visits % 2 == 0
+            games.append((f"{'reflected' if shown else 'replayed'}_harmful", item.seed, item))
             if self.benign:
                 pairs.append(("paired_benign", self.pair(item)))
         return games + pairs
@@ -239,12 +235,12 @@ class Pool:
         return dict(r_fresh=mean(fresh), r_replay=mean(replayed), comply_pair=mean(paired))
 
     def distil(self, turn):
-        """A safe reply with the earlier one shown -> an example without. Not if the turn is
-        malformed, or if its thinking speaks of what will not be there."""
-        if turn.well_formed and not re.search("earlier|previous|last repl", turn.thinking.lower()):
-            self.distilled.append(dict(request=turn.request, thinking=turn.thinking,
-                                       answer=turn.answer))
-            del self.distilled[:-DISTILLED]
+        """A safe reply with the earlier one shown -> an example without, the newest of its request.
+        Not if the turn is malformed, or speaks of what will not be there."""
+        if turn.well_formed and not BEFORE.search(f"{turn.thinking} {turn.answer}"):
+            kept = [text for text in self.distilled if text["request"] != turn.request]
+            new = dict(request=turn.request, thinking=turn.thinking, answer=turn.answer)
+            self.distilled = [*kept, new][-DISTILLED:]
 
     def visit_counts(self):
         """Visits of each item that the pool still has, or that was mastered or retired."""

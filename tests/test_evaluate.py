@@ -82,10 +82,12 @@ def test_limit_is_evenly_spaced(stage):
     assert [i["id"] for i in stage.collect("")["seeds_harmful"]] == ["s1", "s3"]
 
 
-@pytest.mark.parametrize("name", [".", "nowhere", "seeds.jsonl"])
-def test_a_data_dir_without_any_file_stops(stage, world, tmp_path, capsys, name):
+@pytest.mark.parametrize("name, why", [
+    (".", "none of the files named above is in it"), ("nowhere", "no such folder"),
+    ("seeds.jsonl", "none of the files named above is in it")])
+def test_a_data_dir_without_any_file_stops(stage, world, tmp_path, capsys, name, why):
     line = stops(stage.main, [*world.argv, f"DATA_DIR={tmp_path / name}"])
-    assert "no such folder, or none of the files" in line and world.loads == []
+    assert why in line and world.loads == []
     said = capsys.readouterr().out
     for file in ("xstest/xstest_prompts.csv", "mmlu/test/*_test.csv"):
         assert (f"DATA_DIR has no {file}" in said) == (name != "nowhere")
@@ -245,8 +247,8 @@ def test_the_stage_end_to_end_and_resumed(stage, world, tmp_path, capsys):
     table = made["03/table.md"].decode()
     assert "Warning: 01_sft, seeds_benign: benign compliance below .85: over-refusal" in table
     assert "Warning: plain_base" not in table
-    assert "| seeds_harmful ASR (n 3) | .00 [.00, .00] | .00 [.00, .00] |" in table
-    assert "| seeds_benign benign compliance (n 3) | 1.00 [1.00, 1.00] | .00 [.00, .00] |" in table
+    assert "| seeds_harmful ASR (n 3) | .00 [.00, .56] | .00 [.00, .56] |" in table
+    assert "| seeds_benign benign compliance (n 3) | 1.00 [.44, 1.00] | .00 [.00, .56] |" in table
     answers = made["03/01_sft/seeds_harmful.jsonl"].decode()
     assert "prompt_sha256" in answers and "<seed #1>" not in answers  # not the shipped file's text
     assert "skipped capability: it needs DATA_DIR" in printed
@@ -408,7 +410,7 @@ def test_cross_play_by_hand(stage, world, tmp_path):
     assert margin["earlier"] == ["01_sft", "rl/step_000020"]
     assert margin["defender"]["rate"] == margin["attacker"]["rate"] == 0
     table = made["03/table.md"].decode()
-    assert "| 01_sft (n 3) | .67 [.00, 1.00] | .00 [.00, .00] |" in table
+    assert "| 01_sft (n 3) | .67 [.00, 1.00] | .00 [.00, .56] |" in table
     assert "the late defender rl/step_000040" in table and "the late attacker" in table
     assert made["03/crossplay.png"][:4] == b"\x89PNG"
     assert world.loads.count("plain_base") == 1 and world.loads.count("judge") == 1

@@ -173,15 +173,17 @@ def test_text_restores_every_bit():
     ("plain", {"replayed_harmful": 8}),
     ("reflect", {"reflected_harmful": 5, "replayed_harmful": 3})])
 def test_games_of_a_step(mode, want):
-    games = filled(40).games(8, mode)
+    """As many games in both modes; an item is shown with its reply at every second visit."""
+    pool = filled(40)
+    for item in pool.top(8)[5:]:
+        item.visits = 3
+    games = pool.games(8, mode)
     kinds = [kind for kind, *_ in games]
     assert {kind: kinds.count(kind) for kind in kinds} == want
-    if mode == "reflect":  # every second item is also replayed without its earlier reply
-        reflected = {x.number for kind, _, x in games if kind == "reflected_harmful"}
-        assert {x.number for kind, _, x in games if kind == "replayed_harmful"} <= reflected
+    assert [item for *_, item in games] == pool.top(8)
 
 
-@pytest.mark.parametrize("mode, count", [("off", 0), ("plain", 2), ("reflect", 3)])
+@pytest.mark.parametrize("mode, count", [("off", 0), ("plain", 2), ("reflect", 2)])
 def test_games_of_a_small_pool(mode, count):
     assert len(filled(2).games(8, mode)) == count
 
@@ -324,7 +326,7 @@ def test_each_replayed_attack_brings_a_benign_request_that_sounds_alike():
     assert seen == ["1", "2", "4", "6", "1"]  # the four likest to its seed take turns
     assert pool.games(8, "off") == []
     kinds = [kind for kind, *_ in pool.games(8, "reflect")]
-    assert kinds == ["reflected_harmful", "replayed_harmful", "paired_benign"]
+    assert kinds == ["reflected_harmful", "paired_benign"]
 
 
 def test_safe_reflected_replies_become_examples():
@@ -333,7 +335,9 @@ def test_safe_reflected_replies_become_examples():
     good = dict(well_formed=True, thinking="It asks for harm.", answer="No.",
                 labels=Labels(True, True, False))
     for fields, r_def in ((good, 0.9), (dict(good, well_formed=False), 0.9), (good, 0.4),
-                          (dict(good, thinking="My earlier reply was bad."), 0.9)):
+                          (dict(good, thinking="My earlier reply was bad."), 0.9),
+                          (dict(good, thinking="It asks what got that reply."), 0.9),
+                          (dict(good, answer="I regret my reply."), 0.9)):
         turn = failed(item.attack, kind="reflected_harmful", **fields)
         pool.remember([("reflected_harmful", item.seed, item)], [turn], [r_def])
     replayed = failed(item.attack, kind="replayed_harmful", **good)
@@ -345,6 +349,9 @@ def test_safe_reflected_replies_become_examples():
     for n in range(100):
         pool.distil(failed(str(n), **good))
     assert [x["request"] for x in pool.distilled] == [str(n) for n in range(36, 100)]
+    pool.distil(failed("50", **dict(good, answer="Never.")))  # the newest of its request
+    assert [x["request"] for x in pool.distilled].count("50") == 1 and len(pool.distilled) == 64
+    assert pool.distilled[-1]["answer"] == "Never."
 
 
 def test_a_mean_of_two_views():

@@ -704,23 +704,28 @@ def test_replayed_games_come_on_top_of_a_step(monkeypatch, replay, n, replayed):
     old = seen[0][8:]
     assert len(old) == replayed
     assert all(kind in ("replayed_harmful", "reflected_harmful") for kind, *_ in old)
-    assert [item for *_, item in old] == (pool.top(1) * 2 if replay == "reflect"
-                                          else pool.top(replayed))
+    assert [item for *_, item in old] == pool.top(replayed)
+    assert {kind for kind, *_ in old} <= {"reflected_harmful" if replay == "reflect" else
+                                          "replayed_harmful"}  # nobody was visited before
 
 
 def test_ssp_compares_a_turn_with_its_own_kind(monkeypatch):
     """Equal rewards within each kind: no advantage. Self-RedTeam normalizes over a role."""
     kinds = ["generated_harmful", "vanilla_harmful", "generated_benign", "vanilla_benign",
              "replayed_harmful", "reflected_harmful"]
-    turns = [types.SimpleNamespace(role=role, kind=kind)
-             for role in ("attacker", "defender") for kind in kinds]
+    turns = []
+    for role in ("attacker", "defender"):
+        for kind in kinds:
+            turns += [types.SimpleNamespace(role=role, kind=kind)] * 4
     for method, groups in (("ssp", 8), ("self_redteam", 2)):
         monkeypatch.setattr(rl, "METHOD", method)
-        names = [rl.baseline_group(t) for t in turns]
+        names = rl.baseline_groups(turns)
         assert len(set(names)) == groups
-        assert names[0] == names[1] and names[2] == names[3] and names[0] != names[6]
+        assert names[0] == names[4] and names[8] == names[12] and names[0] != names[24]
     monkeypatch.setattr(rl, "METHOD", "ssp")
-    names = [rl.baseline_group(t) for t in turns]
+    few = [t for i, t in enumerate(turns[24:]) if i < 16 or i in (16, 17, 18)]  # 3 replayed ones
+    assert set(rl.baseline_groups(few)) == {("defender", "harmful"), ("defender", "benign")}
+    names = rl.baseline_groups(turns)
     returns = [torch.full((3,), float(sorted(set(names)).index(name))) for name in names]
     out, degenerate = rl.advantages(returns, names)
     assert degenerate == 8 and all(not a.any() for a in out)
@@ -731,13 +736,14 @@ def test_replayed_turns_have_no_attacker_and_reflect_on_the_reply(loaded, small)
         small.setattr(rl, name, value)
     model, tok = loaded["qwen2"]
     pool = filled(3)
+    pool.items[1].visits = 1  # the earlier reply is shown at every second visit
     old = pool.games(2, "reflect")
     turns = rl.play(model, model, tok, even_harms(), rl.draw_seeds(some_seeds(), 0)[:2] + old,
                     seeded(1))
     assert all(t.game < 2 for t in turns if t.role == "attacker")
     mine = [t for t in turns if t.game >= 2]
     assert [t.kind for t in mine] == ["reflected_harmful", "replayed_harmful"]
-    assert [t.request for t in mine] == [item.attack for *_, item in old] == ["attack 0"] * 2
+    assert [t.request for t in mine] == [item.attack for *_, item in old] == ["attack 0", "attack 1"]
     reflected, replayed = [tok.decode(t.prompt_ids) for t in mine]
     assert "unsafe 0" in reflected and "unsafe" not in replayed
 
