@@ -319,7 +319,7 @@ def write_card(arm, answers):
 
 ## Scores
 
-{table}
+{table if scores else "Not measured yet."}
 
 Held-back seeds ({SPLIT}), greedy answers: harmful answers, or benign requests answered.
 
