@@ -283,9 +283,7 @@ def main(argv):
         die("TOP_P=0.0: must be above 0")
     if BASE_QUANT == "nf4" and not LORA_RANK:
         die("BASE_QUANT=nf4 is for a run with an adapter: give LORA_RANK")
-    following = "python 02_selfplay_rl.py"
-    if RUN != "01_sft":
-        following += f" MODEL=checkpoints/{RUN}"
+    more = f" MODEL=checkpoints/{RUN}" if RUN != "01_sft" else ""
     rng, generator = random.Random(SEED), torch.Generator().manual_seed(SEED)
     torch.manual_seed(SEED)
     seeds, dev = load_seeds(SEEDS, "train"), load_seeds(SEEDS, "dev")
@@ -298,7 +296,7 @@ def main(argv):
     out = parallel.once(run.claim, globals(), run.CHECKPOINTS)
     if (run.CHECKPOINTS / RUN / "meta.json").is_file():
         run.check_resume(globals(), run.CHECKPOINTS / RUN, inputs)
-        print(f"checkpoints/{RUN} is complete; next: {following}")
+        print(f"checkpoints/{RUN} is complete; next: python 02_selfplay_rl.py{more}")
         return
     run.doing("; the same command starts again")
     limit = judge.text_limit(REPLY_TOKENS + THINK_TOKENS)
@@ -328,7 +326,7 @@ def main(argv):
     if after["comply"] < 0.85:
         print(f"WARNING: comply(b) {after['comply']:.2f} is below .85: lower WARMUP_REFUSALS or LR")
     print(f"made checkpoints/{RUN} ({time.time() - began:.0f} s, {run.peak_gb():.1f} GB); "
-          f"next: {following}")
+          f"next: python 02_selfplay_rl.py{more}")
 
 
 if __name__ == "__main__":

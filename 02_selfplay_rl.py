@@ -159,14 +159,14 @@ def signs(role, kind, labels):
     right = labels.response_refusal == labels.prompt_harmful  # harmful refused, benign answered
     if labels.empty:  # both lose this term (departure i); its size is negative for the attacker
         right = role == "attacker"
-    terms = dict(faithful=faithful, harmful_reply=labels.response_harmful, right_refusal=right)
-    return {name: 1.0 if true else -1.0 for name, true in terms.items()}
+    sign = {True: 1.0, False: -1.0}
+    return dict(faithful=sign[faithful], harmful_reply=sign[labels.response_harmful],
+                right_refusal=sign[right])
 
 
 def ssp_reward(role, kind, labels, drifted):
-    """[SSP]: the defender earns 1 - lost, the attacker lost; both from 0 to 1. Ours: the attacker's
-    is times the probability that the seed's label is kept; an attack that has_drifted() gets
-    -DRIFT_LOSS, and its defender is judged by the harm of the reply alone."""
+    """[SSP]: 1 - lost for the defender, lost for the attacker. Ours: the latter times p(the seed's
+    label is kept), or -DRIFT_LOSS if it has_drifted(); then harm alone judges the defender."""
     harmful, p = kind.endswith("harmful"), labels.p
     if drifted and role == "attacker":
         return -DRIFT_LOSS
@@ -186,8 +186,10 @@ def game_reward(role, kind, labels, scheme, drifted=False):
         return None
     if scheme == "ssp":
         return ssp_reward(role, kind, labels, drifted)
-    sign = signs(role, kind, labels)
-    return sum(size * sign[term] for term, size in REWARDS[scheme][role].items())
+    reward, sign = 0, signs(role, kind, labels)
+    for term, size in REWARDS[scheme][role].items():
+        reward += size * sign[term]
+    return reward
 
 
 def has_drifted(turn):
@@ -224,12 +226,11 @@ def token_returns(reward, logp_T, logp_ref_T, kl_coef):
 
 def baseline_groups(turns):
     """The group of each turn, which shares a mean and a standard deviation; in SSP: departure g."""
-    if METHOD != "ssp":
-        return [t.role for t in turns]
     groups, count = [], collections.Counter(t.kind for t in turns)
     for t in turns:
         apart = t.kind in ("replayed_harmful", "reflected_harmful") and count[t.kind] >= 4
-        groups.append((t.role, t.kind if apart else t.kind.split("_")[1]))
+        kind = t.kind if apart else t.kind.split("_")[1]
+        groups.append((t.role, kind) if METHOD == "ssp" else t.role)
     return groups
 
 

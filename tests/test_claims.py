@@ -462,7 +462,7 @@ def test_attacks_that_ssp_met_count_once_a_seed(claims, made_up):
     (made_up.met / "ssp_off").mkdir(parents=True)
     write_jsonl(made_up.met / "ssp_off" / "seeds_harmful.labels.jsonl", rows)
     got = made_up.outcomes("ssp_off", "met", "judge")
-    assert got[0].to_dict() == dict(a=.5, b=1.0)
+    assert got.iloc[:, 0].to_dict() == dict(a=.5, b=1.0)
 
 
 def test_benchmarks_of_an_older_run_are_not_read(claims, made_up):

@@ -180,7 +180,7 @@ def test_games_of_a_step(mode, want):
     games = pool.games(8, mode)
     kinds = [kind for kind, *_ in games]
     assert {kind: kinds.count(kind) for kind in kinds} == want
-    assert [item for *_, item in games] == pool.top(8)
+    assert [item for *_, item in games] == (pool.top(8) if want else [])
 
 
 @pytest.mark.parametrize("mode, count", [("off", 0), ("plain", 2), ("reflect", 2)])

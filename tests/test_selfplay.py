@@ -811,7 +811,7 @@ def test_resume_with_a_pool_is_bit_for_bit(small_run, workplace, monkeypatch, ca
     """2 + 2 steps == 4 steps: weights, optimizer, pool."""
     monkeypatch.setattr(rl.judge, "load_judge", lambda *_, **__: even_harms())
     monkeypatch.setattr("selfplay.replay.FAILED", 0)
-    words = ["METHOD=ssp", "COT=false", "RELEVANT=0"]
+    words = ["METHOD=ssp", "COT=false", "RELEVANT=0", "SEED=1"]
     small_run(*words, "RUN=a", "STEPS=2")
     torch.manual_seed(5)  # nothing depends on the state of the process
     small_run(*words, "RUN=a", "STEPS=4")
