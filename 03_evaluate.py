@@ -30,6 +30,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -117,7 +118,7 @@ def find_judge(name):
     return sha(name, JUDGE_QUANTIZE, limit, judge.fingerprint(name))
 
 
-def check_folder(folder, checkpoint, base, digests, defenders):
+def check_folder(folder, checkpoint, base, digests, defenders=MappingProxyType({})):
     """Stop if `folder` has answers made otherwise or to other prompts ({name: digest}) -> what
     `fixed` of its meta.json has to become; None if nothing changes. defenders: {file: digest of who
     answers the attacks there}; another one's answers are deleted."""
