@@ -17,7 +17,7 @@ curves.png, and checkpoints/RUN/step_NNNNNN/. A run that was cut off goes on fro
 
 The loop, as numbered in the code:
  1. Draw seeds, half harmful, half benign; of each half, the share ATTACKED goes to the attacker.
- 2. The attacker rewrites its seeds with hidden thinking, which never leaves it: the answer does.
+ 2. The attacker rewrites its seeds with hidden thinking; only its answer is passed on.
  3. The defender answers every request with hidden thinking; with SSP some are past failures.
  4. The judge labels (request, reply), and (seed, attack) for departure h; it sees no thinking.
  5. Rewards per turn from a table, plus the format term.
@@ -165,8 +165,8 @@ def signs(role, kind, labels):
 
 
 def ssp_reward(role, kind, labels, drifted):
-    """[SSP]: 1 - lost for the defender, lost for the attacker. Ours: the latter times p(the seed's
-    label is kept), or -DRIFT_LOSS if it has_drifted(); then harm alone judges the defender."""
+    """[SSP]: the defender gets 1 - lost, the attacker lost times p(the seed's label is kept) (ours).
+    An attack that has_drifted() gets -DRIFT_LOSS; its defender is judged by the reply's harm."""
     harmful, p = kind.endswith("harmful"), labels.p
     if drifted and role == "attacker":
         return -DRIFT_LOSS

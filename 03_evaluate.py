@@ -5,9 +5,8 @@
 
 Claim to check (SRT, arXiv 2506.07468, section 4): self-play lowers the attack success rate (ASR),
 the share of harmful answers, and the model neither refuses benign requests nor unlearns. Cost:
-about 500 answers a checkpoint, 3000 more with DATA_DIR. On a CPU a killed run, started again,
-ends with the same bytes. While
-anything is still chosen (weights, rates, prompts), look at SPLIT=dev; at test once, at the end.
+about 500 answers a checkpoint, 3000 more with DATA_DIR. A killed run, started again, ends with the
+same bytes (on a CPU). Choose anything by SPLIT=dev; look at SPLIT=test once, at the end.
 
 1. Collect the prompts: the seeds of SPLIT, evaluation/benchmarks.py, evaluation/capability.py.
 2. Generate greedy answers, and attacks: the harmful seeds, rewritten at temperature 1.
@@ -30,7 +29,6 @@ import json
 import sys
 import time
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -118,10 +116,10 @@ def find_judge(name):
     return sha(name, JUDGE_QUANTIZE, limit, judge.fingerprint(name))
 
 
-def check_folder(folder, checkpoint, base, digests, defenders=MappingProxyType({})):
-    """Stop if `folder` has answers made otherwise or to other prompts ({name: digest}) -> what
-    `fixed` of its meta.json has to become; None if nothing changes. defenders: {file: digest of who
-    answers the attacks there}; another one's answers are deleted."""
+def check_folder(folder, checkpoint, base, digests, defenders):
+    """Stop if `folder` has answers made otherwise or to other prompts ({name: digest}) -> (what
+    `fixed` of its meta.json has to become, None if nothing changes; files of answers to its attacks
+    that another checkpoint gave). defenders: {name of such a file: digest of who answers now}."""
     fixed = dict(EVAL_TOKENS=EVAL_TOKENS, ATTACK_TOKENS=ATTACK_TOKENS, SEED=SEED, DTYPE=DTYPE,
                  BASE_QUANT=BASE_QUANT, PROMPT_TOKENS=PROMPT_TOKENS, FORMAT=checkpoint.style,
                  COT=checkpoint.cot,
@@ -132,13 +130,12 @@ def check_folder(folder, checkpoint, base, digests, defenders=MappingProxyType({
     other = [f"{k}={old[k]} (now {v})" for k, v in fixed.items() if old.get(k, v) != v]
     if other:
         die(f"{run.short(folder)} was made with {', '.join(other)}: delete it or give another RUN=")
+    stale = []
     for name, digest in defenders.items():
         if old.get(name, digest) != digest:
-            print(f"{run.short(folder)}/{name}.jsonl: of another checkpoint, made anew")
-            for path in folder.glob(f"{name}.*"):
-                path.unlink(missing_ok=True)
+            stale += folder.glob(f"{name}.*")
     fixed |= defenders
-    return old | fixed if old | fixed != old else None
+    return old | fixed if old | fixed != old else None, stale
 
 
 def list_jobs(base, checkpoints, players, names):
@@ -366,17 +363,21 @@ def main(argv):
     for name, items in prompts.items():
         sizes[name] = len(items)
         digests[name] = sha([(item["id"], item.get("doc", item)) for item in items])
-    name, folders, fixed = RUN + (f"_limit{LIMIT}" if LIMIT else ""), {}, {}
+    name, folders, fixed, stale = RUN + (f"_limit{LIMIT}" if LIMIT else ""), {}, {}, []
     for c in dict.fromkeys(checkpoints + players):
         only = digests if c in checkpoints else dict(seeds_harmful=digests["seeds_harmful"])
         folders[c.label] = run.RUNS / name / c.label
-        others = [d for d in players if c in players and d not in (c, base)]
-        fixed[c.label] = check_folder(folders[c.label], c, base, only, {
-            answers_name(c, d, base): d.digest for d in others})
+        defenders = {answers_name(c, d, base): d.digest for d in players
+                     if c in players and d not in (c, base)}
+        fixed[c.label], old = check_folder(folders[c.label], c, base, only, defenders)
+        stale += old
     results = parallel.once(run.claim, dict(globals(), RUN=name), run.CHECKPOINTS)
     meta = run.make_meta(globals(), CHECKPOINTS)
     run.doing("; the same command goes on")
     run.write_meta(results, meta)
+    for path in stale:
+        print(f"{run.short(path)}: answers of another checkpoint, deleted")
+        path.unlink(missing_ok=True)  # several processes do it
     for label, made in fixed.items():
         if made:
             folders[label].mkdir(parents=True, exist_ok=True)

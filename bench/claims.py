@@ -51,6 +51,7 @@ STEPS = 60                # of every arm; also the length of the learning rate's
 SEEDS_PER_STEP = 32       # as in 02
 THREE_SEEDS = "selfplay,sft_alone,defender_only"  # arms that run with SEED=1 and 2 too
 RESPONSE_STEPS = 40       # of a best response
+RESPONSES = "warmup,selfplay"  # arms whose defenders meet a best response; "": none
 SPLIT: Literal["dev", "test"] = "dev"  # of the seeds in 03; test once, at the end
 DATA_DIR = ""             # benchmarks for 03; "": held-back seeds only
 LIMIT = 0                 # prompts of a benchmark at most; 0: all
@@ -73,7 +74,6 @@ GRID = {  # arm: (the arm that it starts from, what it changes); from none: a wa
     "ssp_plain": ("warmup", "METHOD=ssp REPLAY=plain"),
     "ssp_reflect": ("warmup", "METHOD=ssp REPLAY=reflect")}
 SSP_ARMS = ("ssp_off", "ssp_plain", "ssp_reflect")
-RESPONSES = ("warmup", "selfplay")  # whose defenders meet a best response
 GAMES, MET = 20, 40       # games kept of a run; attacks kept that worked
 BENIGN = 8                # benign seeds beside them, since 03 wants both kinds
 
@@ -145,7 +145,13 @@ def results(part):
 def evaluation(run_name, checkpoints, *words):
     """The words that evaluate checkpoints, into results/runs/RUN_NAME."""
     return ["03_evaluate.py", f"RUN={run_name}", f"BASE={MODEL}", f"JUDGE={JUDGE}",
-            f"JUDGE2={JUDGE2}", f"CHECKPOINTS={','.join(checkpoints)}", *words]
+            f"JUDGE2={JUDGE2}", f"CHECKPOINTS={','.join(checkpoints)}", "CAPABILITY=", *words]
+
+
+def responses(arms):
+    """The arms among `arms` whose defenders meet a best response."""
+    wanted = RESPONSES.split(",")
+    return [arm for arm in arms if arm in wanted]
 
 
 def evaluations(arms, met):
@@ -157,7 +163,7 @@ def evaluations(arms, met):
     if met and set(SSP_ARMS) <= set(arms):
         out.append(evaluation(f"{RUN}_met", map(kept_at, SSP_ARMS), f"SEEDS={met_file()}",
                               "SPLIT=dev", "CROSSPLAY=none"))
-    targets = [arm for arm in RESPONSES if arm in arms]
+    targets = responses(arms)
     if targets:
         runs = ",".join(f"checkpoints/{run_of(f'response_{arm}')}" for arm in targets)
         out.append(evaluation(results("_response"), map(kept_at, targets), *same,
@@ -228,6 +234,7 @@ def keep(arm, source):
             shutil.copy(source / name, tmp)
     run.write_meta(tmp, meta)
     run.replace_folder(tmp, target)
+    write_card(arm, None)
     size = (target / adapters.WEIGHTS).stat().st_size
     print(f"kept {run.short(target)} ({size / 1e6:.1f} MB) and {run.short(folder)}", flush=True)
 
@@ -283,7 +290,7 @@ def read_answers(arms, embed):
     """What verdicts reads, of the arms that 03 has evaluated."""
     limit = f"_limit{LIMIT}" if LIMIT else ""
     labels = {}
-    for arm in RESPONSES:
+    for arm in responses(arms):
         labels[arm] = f"{run_of(f'response_{arm}')}/step_{RESPONSE_STEPS:06d}"
     folder = run.RUNS / f"{results('')}{limit}"
     there = [arm for arm in arms if (folder / arm / "attacks.jsonl").is_file()]
@@ -298,11 +305,12 @@ def read_answers(arms, embed):
 
 
 def write_card(arm, answers):
-    """ADAPTERS_DIR/ARM/CARD.md of an adapter: base, data, judge, scores, licence."""
+    """ADAPTERS_DIR/ARM/CARD.md of an adapter: base, data, judge, scores, licence. answers: None
+    before its evaluation."""
     folder = run.ROOT / kept_at(arm)
     config = run.read_json(folder / adapters.CONFIG)
     scores = []
-    for what, x in verdicts.levels(answers, arm).items():
+    for what, x in verdicts.levels(answers, arm).items() if answers else ():
         if x["n"]:
             scores.append(f"| {what} | {x['rate']:.2f} [{x['low']:.2f}, {x['high']:.2f}] | "
                           f"{x['n']} |")
@@ -345,8 +353,8 @@ def write_table():
              f"benchmark. Not evaluated: {', '.join(missing) or 'none'}.")
     file = run.REFERENCE / RUN / ("claims_test.md" if SPLIT == "test" else "claims.md")
     rows = verdicts.write(file, answers, (JUDGE, JUDGE2), about)
-    for arm in arms:
-        if arm in answers.arms and (run.ROOT / kept_at(arm) / adapters.WEIGHTS).is_file():
+    for arm in answers.arms:
+        if (run.ROOT / kept_at(arm) / adapters.WEIGHTS).is_file():
             write_card(arm, answers)
     print(f"\n{about}")
     for row in rows:
@@ -359,8 +367,8 @@ def main(argv):
     run.configure(globals(), argv)
     arms = chosen()
     if PLAN_ONLY:
-        responses = [response_command(arm) for arm in RESPONSES if arm in arms]
-        for words in [*map(command, arms), *responses, *evaluations(arms, True)]:
+        respond_to = map(response_command, responses(arms))
+        for words in [*map(command, arms), *respond_to, *evaluations(arms, True)]:
             print("python", shlex.join(words))
         return
     if not TABLE_ONLY:
@@ -368,9 +376,8 @@ def main(argv):
         for arm in arms:
             train(arm)                                                                  # (1) (2)
         kept = [arm for arm in grid() if is_kept(arm)]
-        for arm in RESPONSES:
-            if arm in kept:
-                respond(arm)                                                            # (4)
+        for arm in responses(kept):
+            respond(arm)                                                                # (4)
         for words in evaluations(kept, write_met()):
             launcher.launch(words)                                                      # (3) (4)
     write_table()                                                                       # (5)

@@ -85,7 +85,7 @@ NOTES = """
 CLAIMS = [Claim(*row[:4], measure, *row[5:]) for row in TABLE for measure in row[4].split()]
 GAMES = ("diversity", "attacked", "exploit", "met")  # measures that are no benchmark
 MEASURES = dict(diversity="1 - mean cosine of two attacks",
-                met="attacks that an SSP arm met in training, the mean of each seed's",
+                met="attacks that an SSP arm met in training, averaged by seed",
                 attacked="held-back seeds, attacked by every arm", exploit="own attacks, dev seeds",
                 seeds_benign="benign seeds answered", seeds_harmful="harmful seeds, plain")
 
@@ -111,7 +111,7 @@ class Answers:
         """1.0 or 0.0 for each prompt (rows), NaN where no label parsed; a column, or one for each
         attacker. None where 03 has not asked. Harmful answers: to every arm's "attacked" seeds, to
         those "met", to "exploit"; else of a benchmark's prompts, if benign: those answered."""
-        if measure not in (self.benchmarks or measure) and measure not in GAMES:
+        if self.benchmarks and measure not in (*self.benchmarks, *GAMES):
             return None  # of an older run with other benchmarks
         if measure == "attacked":
             columns = {}
@@ -184,8 +184,8 @@ def summary(samples, value, claim, n):
     p = min(1.0, 2 * (int(fewer) + 1) / (len(samples) + 1))
     worst, best = numpy.percentile(gain, [2.5, 97.5])
     if samples.min() == samples.max():
-        open_ = 1 - .025 ** (1 / n)
-        low, high, worst, best = low - open_, high + open_, worst - open_, best + open_
+        slack = 1 - .025 ** (1 / n)
+        low, high, worst, best = low - slack, high + slack, worst - slack, best + slack
         p = min(1.0, 2 * max(0.0, 1 - abs(float(gain[0]))) ** n)
     return dict(change=float(value), low=low, high=high, n=n, p=p,
                 sign=int(worst > 0) - int(best < 0))

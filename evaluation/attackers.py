@@ -16,7 +16,7 @@ import judge
 from engine import models
 from engine.batching import evenly
 from engine.run import die
-from evaluation.scores import RESAMPLES, SEED, mean, rate
+from evaluation.scores import RESAMPLES, SEED, mean_interval, rate
 
 BLEU_TEXTS = 200          # attacks that self-BLEU looks at, evenly spaced: its cost is n^2 (ours)
 
@@ -51,12 +51,12 @@ def describe_attacks(texts, seeds, embed):
     """Attacks with text, and all seeds (texts) -> the other figures of the docstring above.
     embed: a function tuple of texts -> unit vectors [n, D]."""
     out = dict(distinct_1=distinct(texts, 1), distinct_2=distinct(texts, 2),
-               seed_jaccard=mean(nearest_jaccard(texts, seeds)), self_bleu=mean(self_bleu(texts)))
+               seed_jaccard=mean_interval(nearest_jaccard(texts, seeds)), self_bleu=mean_interval(self_bleu(texts)))
     if not texts:
-        return dict(out, diversity=mean([]), seed_cosine=mean([]))
+        return dict(out, diversity=mean_interval([]), seed_cosine=mean_interval([]))
     vectors = embed(tuple(texts))
     nearest = (vectors @ embed(tuple(seeds)).T).max(1).tolist() if seeds else []
-    return dict(out, diversity=spread(vectors), seed_cosine=mean(round(x, 6) for x in nearest))
+    return dict(out, diversity=spread(vectors), seed_cosine=mean_interval(round(x, 6) for x in nearest))
 
 
 def distinct(texts, k):
@@ -108,7 +108,7 @@ def spread(vectors):
     """Unit vectors [n, D] -> 1 - mean cosine over pairs of texts, with its 95 % bootstrap interval.
     The bootstrap is over texts; one that is drawn twice makes no pair with itself."""
     if len(vectors) < 2:
-        return mean([])
+        return mean_interval([])
     values = spreads(vectors, RESAMPLES)
     low, high = numpy.nanpercentile(values[1:], [2.5, 97.5]).tolist()
     return dict(rate=round(float(values[0]), 6), low=round(low, 6), high=round(high, 6),

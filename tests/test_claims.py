@@ -94,7 +94,7 @@ def test_arms_restricts_and_brings_what_they_start_from(claims, capsys):
 def test_the_claims_are_about_arms_and_benchmarks_that_there_are(claims):
     from evaluation.benchmarks import BENCHMARKS
     names = {b.name: b.harmful for b in BENCHMARKS} | dict(seeds_harmful=True, seeds_benign=False)
-    arms = {*claims.GRID, *[f"response_{arm}" for arm in claims.RESPONSES]}
+    arms = {*claims.GRID, *[f"response_{arm}" for arm in claims.responses(claims.grid())]}
     for claim in claims.verdicts.CLAIMS:
         assert {claim.new, claim.old} <= arms, claim.text
         if claim.measure in names:
@@ -226,6 +226,11 @@ def test_the_grid_from_nothing_then_again(grid, capsys, claims, monkeypatch):
         "02 claims_response_warmup", "02 claims_response_selfplay"]
 
     # an arm made otherwise is not taken for this one
+    file = grid.root / "adapters/selfplay/meta.json"
+    meta = json.loads(file.read_text())
+    file.write_text(json.dumps(dict(meta, inputs=dict(meta["inputs"], JUDGE="x", prompts="y"))))
+    assert "other JUDGE, other prompts" in stops(grid.main, "ARMS=selfplay")
+    file.write_text(json.dumps(meta))
     line = stops(grid.main, "ARMS=selfplay", "STEPS=6")
     assert "adapters/selfplay was made with STEPS=4 (now 6)" in line
     (grid.root / "adapters/warmup/adapter_model.safetensors").write_bytes(b"another")

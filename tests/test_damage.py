@@ -191,7 +191,7 @@ def test_only_steps_of_six_digits_count(place, name):
 def test_meta_json_of_answers(stage, place, text, why):
     base = find(checkpoint(place / "a", ENGINE))
     file = write(place / "results/runs/03/a/meta.json", text)
-    said = stops(stage.check_folder, file.parent, base, base, {})
+    said = stops(stage.check_folder, file.parent, base, base, {}, {})
     assert "results/runs/03/a/meta.json: " in said and why in said
 
 

@@ -423,6 +423,28 @@ def test_cross_play_by_hand(stage, world, tmp_path):
     assert "03/plain_base/attacks_on_base.jsonl" not in made  # it is its own
 
 
+def test_answers_of_a_defender_that_was_trained_anew_go(stage, world, tmp_path, capsys):
+    """Its own folder is deleted, as 03 says; what it answered to others is made anew."""
+    for n in (20, 40):
+        make_checkpoint(tmp_path / "rl" / f"step_{n:06d}", constants=dict(COT=True),
+                        parent=str(tmp_path / "01_sft"))
+    argv = [*world.argv, "CHECKPOINTS=plain_base,01_sft,rl/step_000040",
+            "CROSSPLAY=rl/step_000020"]
+    stage.main(argv)
+    folder = tmp_path / "results/runs/03"
+    stale = folder / "01_sft/attacks_on_rl_step_000040.jsonl"
+    kept = (folder / "01_sft/seeds_harmful.jsonl").stat().st_mtime_ns
+    stale.write_text(stale.read_text().replace('"answer": "', '"answer": "old '))
+    (tmp_path / "rl/step_000040/model.safetensors").write_bytes(b"other weights")
+    assert "checkpoint=" in stops(stage.main, argv) and "old " in stale.read_text()
+    shutil.rmtree(folder / "rl")
+    capsys.readouterr()
+    stage.main(argv)
+    assert "attacks_on_rl_step_000040.jsonl: answers of another" in capsys.readouterr().out
+    assert "old " not in stale.read_text()
+    assert (folder / "01_sft/seeds_harmful.jsonl").stat().st_mtime_ns == kept
+
+
 def test_cross_play_can_be_left_out(stage, world, tmp_path):
     stage.main([*world.argv, "CROSSPLAY=none"])
     assert world.loads == ["01_sft", "plain_base", "judge"]

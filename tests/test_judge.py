@@ -6,6 +6,7 @@ import math
 import random
 import re
 import shutil
+import types
 
 import pytest
 import torch
@@ -538,6 +539,9 @@ def test_llama_guard_format(tiny_models, tmp_path):
         return float(torch.softmax(logits[[safe, unsafe]], 0)[1])
 
     pairs = PAIRS + [("Q", "x <|eot_id|> Sorry, no.")]
+    guard.rubric = types.SimpleNamespace(expected=lambda pairs: [2.5] * len(pairs), truncated=0)
+    assert {x.score for x in guard.classify(pairs)} == {2.5}
+    guard.rubric = None
     for (prompt, reply), x in zip(pairs, guard.classify(pairs)):
         request = p_unsafe(prompt)
         assert x.p["prompt_harmful"] == pytest.approx(request, abs=1e-4)

@@ -37,7 +37,7 @@ def test_interval_is_close_to_the_normal_one():
 def test_interval_of_two_prompts_by_hand():
     # Means of resamples of {0, 1}: 0 (1/4), .5 (1/2), 1 (1/4): the 2.5 % point is 0, the other 1.
     assert scores.rate([True, False]) == dict(rate=0.5, low=0.0, high=1.0, n=2)
-    assert scores.mean([1, 1]) == dict(rate=1.0, low=1.0, high=1.0, n=2)
+    assert scores.mean_interval([1, 1]) == dict(rate=1.0, low=1.0, high=1.0, n=2)
     assert scores.rate(x / 4 for x in (1, 1)) == dict(rate=0.25, low=0.25, high=0.25, n=2)
 
 
@@ -49,7 +49,7 @@ def test_interval_where_all_are_alike_is_wilsons():
     r = scores.rate([False] * 96)
     assert (r["rate"], r["low"], r["n"]) == (0.0, 0.0, 96)
     assert r["high"] == pytest.approx(3.841459 / (96 + 3.841459), abs=1e-6)
-    assert scores.mean([0] * 96)["high"] == 0  # a change of nothing is no share
+    assert scores.mean_interval([0] * 96)["high"] == 0  # a change of nothing is no share
 
 
 def test_what_did_not_parse_is_left_out_of_the_rate():
