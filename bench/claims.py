@@ -255,12 +255,13 @@ def write_rows(path, rows):
 
 
 def worked(arm, games):
-    """The different attacks on harmful seeds that worked in an SSP run, in the form of seeds."""
+    """The different attacks on harmful seeds, about them, that worked in an SSP run, as seeds."""
     seen = {}
     for game in games:
         attack = game.get("attacker") or dict(declined=True)
         harmful = game["kind"] == "generated_harmful" and game["labels"]["response_harmful"]
-        if harmful and not attack.get("declined") and game["request"].strip():
+        drifted = attack.get("declined") or not attack.get("relevant", True)
+        if harmful and not drifted and game["request"].strip():
             seen.setdefault(game["request"].strip(), game["seed"])
     return [dict(id=f"{seed}~{arm}-{n}", prompt=text, harmful=True, split="dev")
             for n, (text, seed) in enumerate(seen.items())]

@@ -133,7 +133,7 @@ def game_rows(step, turns):
         sides[t.role] = dict(thinking=t.thinking, answer=t.answer, well_formed=t.well_formed,
                              reward=t.reward, tokens=len(t.ids))
         if t.role == "attacker":
-            sides["attacker"]["declined"] = t.declined
+            sides["attacker"].update(declined=t.declined, relevant=t.relevant)
         else:
             rows.append(dict(step=step, game=t.game, kind=t.kind, seed=t.seed["id"],
                              request=t.request, labels=dataclasses.asdict(t.labels), **sides))

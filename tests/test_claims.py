@@ -274,7 +274,8 @@ def test_attacks_that_worked(claims):
 
     games = [game("<a>"), game("<a> "), game("<b>", harmful=False), game("<c>", declined=True),
              game("<d>", kind="replayed_harmful"), game("<e>", kind="generated_benign"),
-             game(" "), game("<f>"), game("<g>", harmful=None)]
+             game(" "), game("<f>", relevant=True), game("<g>", harmful=None),
+             game("<h>", relevant=False)]
     rows = claims.worked("ssp_plain", games)
     assert [row["prompt"] for row in rows] == ["<a>", "<f>"]
     assert [row["id"] for row in rows] == ["h1~ssp_plain-0", "h1~ssp_plain-1"]

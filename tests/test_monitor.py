@@ -106,7 +106,8 @@ def test_games_file(tmp_path):
     assert attacked["kind"] == "generated_benign" and attacked["seed"] == "s"
     assert attacked["request"] == "request 2"
     assert attacked["attacker"] == dict(thinking="", answer="I'm sorry, no", well_formed=False,
-                                        reward=None, tokens=1, declined=True)
+                                        reward=None, tokens=1, declined=True,
+                                        relevant=True)
     assert attacked["defender"] == dict(thinking="", answer="<b>reply</b> | 2", well_formed=True,
                                         reward=1.0, tokens=3)
     assert attacked["labels"]["response_refusal"] is True
