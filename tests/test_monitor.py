@@ -30,7 +30,7 @@ def step_turns():
     turns = [turn("attacker", kinds[0], answer="<Harmful seed  #1>.", labels=labels[0], reward=2.0,
                   ids=[1, 2], game=0),
              turn("attacker", kinds[2], answer="I'm sorry, no", labels=labels[2], reward=None,
-                  ids=[1], declined=True, game=2)]
+                  ids=[1], declined=True, relevant=False, game=2)]
     for game, (kind, x) in enumerate(zip(kinds, labels)):
         turns.append(turn("defender", kind, labels=x, reward=1.0, well_formed=True, ids=[1, 2, 3],
                           game=game, request=f"request {game}", answer=f"<b>reply</b> | {game}"))
@@ -43,7 +43,7 @@ def test_step_metrics_by_hand():
     m = monitor.step_metrics(step_turns())
     want = dict(asr=1.0, asr_vanilla=0.0, refuse_h=0.5, comply_b=0.5, fmt=4 / 6, fmt_atk=0.0,
                 faithful=1.0, copy=0.5, unique=1.0, atk_refuse=0.5, drop=1, turns=6, atk_r=2.0,
-                def_r=1.0, len=15 / 6, len_atk=1.5, relevant=1.0)
+                def_r=1.0, len=15 / 6, len_atk=1.5, relevant=0.5)
     assert m == pytest.approx(dict(want, empty=0.0))
 
 
@@ -107,7 +107,7 @@ def test_games_file(tmp_path):
     assert attacked["request"] == "request 2"
     assert attacked["attacker"] == dict(thinking="", answer="I'm sorry, no", well_formed=False,
                                         reward=None, tokens=1, declined=True,
-                                        relevant=True)
+                                        relevant=False)
     assert attacked["defender"] == dict(thinking="", answer="<b>reply</b> | 2", well_formed=True,
                                         reward=1.0, tokens=3)
     assert attacked["labels"]["response_refusal"] is True
