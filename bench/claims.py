@@ -60,6 +60,8 @@ RUN = "claims"            # names results/runs/RUN, results/reference/RUN and, w
 PLAN_ONLY = False         # print the commands and stop (display)
 TABLE_ONLY = False        # train and ask nothing (display)
 # ==================================================================================================
+# SSP attacks every goal, as its paper does: with half of them the pool stays nearly empty.
+SSP = "METHOD=ssp ATTACKED=1.0"
 GRID = {  # arm: (the arm that it starts from, what it changes); from none: a warm-up
     "warmup": ("", ""),
     "selfplay": ("warmup", ""),
@@ -70,9 +72,9 @@ GRID = {  # arm: (the arm that it starts from, what it changes); from none: a wa
     "warmup_no_cot": ("", "COT=false"),
     "selfplay_no_cot": ("warmup_no_cot", "COT=false"),
     "zero_sum": ("warmup", "SCHEME=zero_sum"),
-    "ssp_off": ("warmup", "METHOD=ssp REPLAY=off"),
-    "ssp_plain": ("warmup", "METHOD=ssp REPLAY=plain"),
-    "ssp_reflect": ("warmup", "METHOD=ssp REPLAY=reflect")}
+    "ssp_off": ("warmup", f"{SSP} REPLAY=off"),
+    "ssp_plain": ("warmup", f"{SSP} REPLAY=plain"),
+    "ssp_reflect": ("warmup", f"{SSP} REPLAY=reflect")}
 SSP_ARMS = ("ssp_off", "ssp_plain", "ssp_reflect")
 GAMES, MET = 20, 40       # games kept of a run; attacks kept that worked
 BENIGN = 8                # benign seeds beside them, since 03 wants both kinds

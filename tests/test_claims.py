@@ -71,8 +71,9 @@ def test_the_arms_differ_in_what_they_name_alone(claims, capsys):
                defender_only=dict(ROLES="defender"), zero_sum=dict(SCHEME="zero_sum"),
                defender_frozen=dict(ROLES="defender", OPPONENT="frozen_turns"),
                selfplay_no_cot=dict(COT="false", MODEL="adapters/warmup_no_cot"),
-               selfplay_seed2=dict(SEED="2"), ssp_off=dict(METHOD="ssp", REPLAY="off"),
-               ssp_reflect=dict(METHOD="ssp", REPLAY="reflect"))
+               selfplay_seed2=dict(SEED="2"),
+               ssp_off=dict(METHOD="ssp", ATTACKED="1.0", REPLAY="off"),
+               ssp_reflect=dict(METHOD="ssp", ATTACKED="1.0", REPLAY="reflect"))
     for arm, changed in own.items():
         assert commands[arm] == base | changed, arm
     response = commands["response_selfplay"]
