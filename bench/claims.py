@@ -152,7 +152,10 @@ def evaluation(run_name, checkpoints, *words):
 
 def responses(arms):
     """The arms among `arms` whose defenders meet a best response."""
-    wanted = RESPONSES.split(",")
+    wanted = list(filter(None, map(str.strip, RESPONSES.split(","))))
+    for arm in wanted:
+        if arm not in grid():
+            die(f"RESPONSES={RESPONSES}: no arm {run.brief(arm)}")
     return [arm for arm in arms if arm in wanted]
 
 
@@ -350,6 +353,9 @@ def write_table():
     for arm in arms:
         is_kept(arm)  # stops at one that was made otherwise
     answers = read_answers(arms, attackers.load_embedder(""))
+    if not answers.arms:
+        die(f"{run.short(answers.grid)} has no answers of an arm (SPLIT={SPLIT}, LIMIT={LIMIT}): "
+            "leave TABLE_ONLY out, or give the LIMIT of the evaluation")
     missing = [arm for arm in arms if arm not in answers.arms]
     about = (f"{len(answers.arms)} of {len(arms)} arms, {STEPS} steps of {SEEDS_PER_STEP} seeds, "
              f"rank {RANK}, split {SPLIT}, {f'at most {LIMIT}' if LIMIT else 'all'} prompts of a "

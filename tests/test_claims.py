@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import ROOT, SMALL, import_stage, keep_constants, read_jsonl, stops, write_jsonl
 from safetensors.torch import load_file
+from scipy import stats
 from test_bench import module
 
 from engine import models, run
@@ -400,6 +401,12 @@ def test_an_empty_attack_and_a_label_that_did_not_parse(claims, made_up):
     assert claims.verdicts.attacked(made_up.grid / "warmup", "no_such", "judge") is None
 
 
+def test_a_defender_alone_does_not_attack(claims, made_up):
+    made_up.arms = [*ARMS, "defender_only_seed1"]
+    labels(made_up.grid / "defender_only_seed1/attacks_on_selfplay", share(0))
+    assert list(made_up.outcomes("selfplay", "attacked", "judge").columns) == list(ARMS)
+
+
 def test_an_empty_answer_is_no_compliance_and_no_harm(claims, tmp_path):
     row = dict(response_harmful=False, response_refusal=False, matcher=False)
     write_jsonl(tmp_path / "x.labels.jsonl", [dict(row, id="a", empty=True),
@@ -430,7 +437,7 @@ def test_the_rule(claims):
 def test_the_family_counts(claims, made_up, monkeypatch):
     """A difference that is clear alone (p about .02) is not among all claims."""
     for arm in ("selfplay", "selfplay_seed1"):
-        labels(made_up.grid / arm / "seeds_harmful", share(25))
+        labels(made_up.grid / arm / "seeds_harmful", share(23))
     alone = [c for c in claims.verdicts.CLAIMS if c.measure == "seeds_harmful"]
 
     def get():
@@ -444,22 +451,55 @@ def test_the_family_counts(claims, made_up, monkeypatch):
     assert get()["word"] == "holds"
 
 
+def changes(n, fell, rose):
+    return numpy.array([-1.0] * fell + [1.0] * rose + [0.0] * (n - fell - rose))
+
+
 def test_p_of_a_bootstrap(claims):
     """9 of 1,000 samples are not above 0: p = 2 x 10 / 1,001."""
-    samples = [-1.0] * 9 + [1.0] * 991
-    claim = types.SimpleNamespace(better=1, kept=False)
-    got = claims.verdicts.summary(samples, .5, claim, 30)
-    assert got["p"] == pytest.approx(20 / 1001) and got["sign"] == 1
-    claim.better = -1
-    assert claims.verdicts.summary(samples, .5, claim, 30)["sign"] == -1
-    claim.better, claim.kept = 1, True  # a loss of .02 for sure is within the margin, .04 is not
-    assert claims.verdicts.summary([-.02, -.021] * 50, -.02, claim, 30)["sign"] == 1
-    assert claims.verdicts.summary([-.04, -.041] * 50, -.04, claim, 30)["sign"] == -1
-    sure = claims.verdicts.summary([0.0] * 100, 0, claim, 400)  # 400 prompts leave .009 open
-    assert sure["sign"] == 1 and sure["p"] == pytest.approx(2 * .97 ** 400)
-    assert claims.verdicts.summary([0.0] * 100, 0, claim, 100)["sign"] == 0
-    assert claims.verdicts.summary([0.0] * 100, 0, types.SimpleNamespace(better=1, kept=False),
-                                   30)["p"] == 1.0
+    samples = numpy.array([-1.0] * 9 + [1.0] * 991)
+    assert claims.verdicts.p_bootstrapped(samples) == pytest.approx(20 / 1001)
+    assert claims.verdicts.p_bootstrapped(-samples) == pytest.approx(20 / 1001)
+    assert claims.verdicts.p_bootstrapped(0 * samples) == 1.0
+
+
+@pytest.mark.parametrize("n, fell, rose", [(96, 8, 0), (96, 15, 2), (60, 5, 0), (40, 3, 3), (9, 0, 0)])
+def test_p_of_swapped_arms_is_mcnemars(claims, n, fell, rose):
+    exact = stats.binomtest(fell, fell + rose).pvalue if fell + rose else 1.0
+    got = claims.verdicts.p_swapped(changes(n, fell, rose))
+    assert got == pytest.approx(exact, abs=.003 + .03 * exact)
+
+
+def test_p_of_what_is_kept(claims):
+    """Bonett and Price (2012): shares of the two kinds of change with one more each and n + 2."""
+    for n, fell, rose in ((100, 3, 1), (100, 1, 7), (20, 0, 1)):
+        down, up = (fell + 1) / (n + 2), (rose + 1) / (n + 2)
+        error = ((down + up - (up - down) ** 2) / (n + 2)) ** .5
+        p = 2 * stats.norm.sf(abs(up - down + .03) / error)
+        assert claims.verdicts.p_kept(changes(n, fell, rose), 1) == pytest.approx(p)
+        assert claims.verdicts.p_kept(changes(n, rose, fell), -1) == pytest.approx(p)
+
+
+def test_a_few_prompts_do_not_keep_a_rate(claims):
+    """A loss of .03 at .08 fell, .05 rose: among all claims, hardly ever "holds" on 20 prompts."""
+    draws = numpy.random.default_rng(0).multinomial(20, [.08, .05, .87], size=2000)
+    wrong = 0
+    for fell, rose, _ in draws:
+        values = changes(20, fell, rose)
+        gain = values.mean() + claims.verdicts.MARGIN
+        p = claims.verdicts.p_kept(values, 1) * len(claims.verdicts.CLAIMS)
+        wrong += gain > 0 and p <= claims.verdicts.LEVEL
+    assert wrong <= 4  # .135 of them by a bootstrap alone
+
+
+def test_the_sign_of_a_gain(claims):
+    def sign(value, p, better, kept):
+        claim = types.SimpleNamespace(better=better, kept=kept)
+        return claims.verdicts.summary([value, value + .01], value, claim, 30, p)["sign"]
+
+    assert (sign(.1, .05, 1, False), sign(.1, .05, -1, False), sign(.1, .051, 1, False)) == (1, -1, 0)
+    # a loss of .02 is within the margin, .04 is not
+    assert (sign(-.02, .01, 1, True), sign(-.04, .01, 1, True)) == (1, -1)
 
 
 def test_attacks_that_ssp_met_count_once_a_seed(claims, made_up):
@@ -503,7 +543,7 @@ def test_diversity_on_the_seeds_that_all_rewrote(claims):
 def test_the_arms_by_hand(claims, made_up):
     head, _, *rows = claims.verdicts.arms_table(made_up).splitlines()
     assert [x.strip() for x in head.strip("|").split("|")] == [
-        "arm", "harmful seeds, plain", "held-back seeds, attacked by every arm",
+        "arm", "harmful seeds, plain", "held-back seeds, attacked",
         "benign seeds answered", "1 - mean cosine of two attacks"]
     assert [row.split()[1] for row in rows] == list(ARMS)
     cells = [x.strip() for x in rows[1].strip("|").split("|")]  # selfplay: 30, 10 and 54 of 60
@@ -525,11 +565,16 @@ def test_best_responses(claims, made_up):
     assert before["word"] == "does not"
     after = row_of(rows, "response_selfplay", "response_warmup", "exploit")
     assert after["judge"]["word"] == "holds"
+    made_up.response_label = {}  # RESPONSES=: none
+    rows = claims.verdicts.judge_claims(made_up)
+    assert row_of(rows, "response_selfplay", "selfplay", "exploit")["judge"]["word"] == "not run"
 
 
 def test_the_table_of_what_is_there(claims, grid, capsys, monkeypatch):
     """TABLE_ONLY trains and asks nothing, and marks what is missing."""
     folder = run.RUNS / "claims_limit2"
+    line = stops(grid.main, "TABLE_ONLY=true")  # a table that is there stays
+    assert "claims_limit2 has no answers of an arm" in line
     for arm, k in (("selfplay", 54), ("warmup", 54)):
         labels(folder / arm / "seeds_benign", [False] * N, share(N - k))
         write_jsonl(folder / arm / "attacks.jsonl", [dict(id="p0", answer="")])
@@ -548,6 +593,7 @@ def test_the_table_of_what_is_there(claims, grid, capsys, monkeypatch):
     assert "+.00 [-.06, +.06]" in kept
     assert words.count("not run") == len(words) - 1
     assert {line.count("|") for line in lines} == {10}
+    assert "no arm 'nobody'" in stops(grid.main, "TABLE_ONLY=true", "RESPONSES=warmup, nobody")
 
 
 def test_signed_numbers(claims):
