@@ -138,7 +138,8 @@ def sorted_replies(model, tok, scorer, seeds, generator):
         requests.append(fill(to_decline if seed["harmful"] else plainly, REQUEST=request))
     for seed, reply in zip(asked, ask(model, tok, requests, REPLY_TOKENS, generator)):
         reply = neutralize(trimmed(*reply), tok)
-        raw.append((seed, reply or "I can help with that.", "comply"))
+        if not seed["harmful"]:
+            raw.append((seed, reply or "I can help with that.", "comply"))
         pairs.append((seed["prompt"], reply))
     refuse, comply = [], []
     for seed, (_, reply), x in zip(asked, pairs, scorer.classify(pairs)):
@@ -161,7 +162,11 @@ def defender_examples(model, tok, scorer, seeds, rng, generator):
     rng.shuffle(seeds)
     refuse, comply, raw = sorted_replies(model, tok, scorer, seeds, generator)
     n_refuse = min(len(refuse), round(WARMUP_REFUSALS * DEFENDER_EXAMPLES))
-    kept = refuse[:n_refuse] + comply[:DEFENDER_EXAMPLES - n_refuse]
+    comply = comply[:DEFENDER_EXAMPLES - n_refuse]
+    if WARMUP_REFUSALS < 1:  # the share holds where few answers were kept, too
+        share = WARMUP_REFUSALS / (1 - WARMUP_REFUSALS)
+        n_refuse = min(n_refuse, int(len(comply) * share + 0.5))
+    kept = refuse[:n_refuse] + comply
     if not kept:
         if judge.adapter_of(JUDGE) and MODEL == models.EMBEDDED:
             die("the judge kept no reply at all: run python judge.py to check it")

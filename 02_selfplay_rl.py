@@ -34,8 +34,8 @@ Departures from the published code, each with its reason:
  f. Random numbers are a function of (SEED, step), so a resumed run needs no generator state.
  g. SSP: an attack is paid by how far its seed's label is kept, and charged if it is about something
     else (a rewrite by prompts/strategies.txt has a cosine above .46 with its seed; under 1 % have
-    .40 with another). The pool: selfplay/replay.py; its games come on top of a step's own. Kinds of
-    turns differ in their range of reward: each one of 4 or more turns is normalized by itself.
+    .40 with another). The pool: selfplay/replay.py; its games come on top of a step's own. Harmful
+    and benign turns differ in their range of reward, and so do 4 or more replays: normalized apart.
  h. An attack that the judge calls a refusal of its seed has lost (published: it is a rewrite like
     any other). A small defender repeats such an attack, so a benign request counts as refused.
  i. An empty reply is neither refusal nor answer, so both players lose the refusal term (published:
@@ -193,7 +193,7 @@ def game_reward(role, kind, labels, scheme, drifted=False):
 
 
 def has_drifted(turn):
-    """Has the game's attack declined its seed (departure h) or, with SSP, left it?"""
+    """Has the attack of a turn's game declined its seed (departure h) or, with SSP, left it?"""
     return turn.declined and DECLINED_LOSES or not turn.relevant
 
 
@@ -236,7 +236,8 @@ def baseline_groups(turns):
 
 def advantages(returns, groups):
     """Lists of B returns [T] and B groups -> (B advantages [T], number of degenerate groups). A_t =
-    (G_t - mean) / std over all tokens of a group in a step; zeros if its returns are equal."""
+    (G_t - mean) / std over all tokens of a group in a step; zeros if its returns are equal. Where
+    only its rewards are equal, the KL term is scaled up to unit variance (as published)."""
     out, degenerate = [None] * len(returns), 0
     for group in set(groups):
         members = [i for i, g in enumerate(groups) if g == group]
@@ -250,13 +251,13 @@ def advantages(returns, groups):
 
 
 def reinforce_loss(logp_N, logp_old_N, advantage_N, eps):
-    """(sum over tokens of -min(rho A, clip(rho, 1 - eps, 1 + eps) A), number of clipped tokens).
-    rho = pi / pi_old. A sum, not a mean: the caller divides by the token count of the whole update,
-    so that micro-batches of any size give the same gradient."""
+    """(sum over tokens of -min(rho A, clip(rho, 1 - eps, 1 + eps) A), number of tokens that are
+    clipped: without gradient). rho = pi / pi_old. A sum, not a mean: the caller divides by the token
+    count of the whole update, so that micro-batches of any size give the same gradient."""
     rho_N = (logp_N - logp_old_N).exp()
     clipped_N = rho_N.clamp(1 - eps, 1 + eps)
     loss_N = -torch.minimum(rho_N * advantage_N, clipped_N * advantage_N)
-    return loss_N.sum(), int(((rho_N - clipped_N).detach() * advantage_N).abs().gt(0).sum())
+    return loss_N.sum(), int(((rho_N - clipped_N).detach() * advantage_N).gt(0).sum())
 
 
 # ---- the game [SRT section 3] --------------------------------------------------------------------
@@ -268,13 +269,13 @@ def published_ablation(role):
 def draw_seeds(seeds, step):
     """(1) A step's games -> list of (kind, seed). Each half walks its seeds, shuffled per epoch."""
     games = []
-    n_benign = int(BENIGN_FRACTION * SEEDS_PER_STEP)
+    n_benign = round(BENIGN_FRACTION * SEEDS_PER_STEP)
     both = halves(seeds)
     for harmful, n in ((True, SEEDS_PER_STEP - n_benign), (False, n_benign)):
         half = both[0] if harmful else both[1]
         share = 0 if published_ablation("defender") else ATTACKED
         attacked = random.Random(f"{SEED} attacked {harmful} {step}")
-        attacked = attacked.sample(range(n), round(share * n))
+        attacked = attacked.sample(range(n), int(share * n + 0.5))  # a half is one more
         for i, seed in enumerate(walk(half, n, step, f"{SEED} {harmful}")):
             kind = "generated" if i in attacked else "vanilla"
             if kind == "generated" or not published_ablation("attacker"):
@@ -309,6 +310,7 @@ def play(attacker, defender, tok, scorer, games, generator, temperature=1.0, lik
         scorer, [(t.request, t.answer) for t in replies],  # one a game: labels[g] is game g's
         [(t.seed["prompt"], t.answer) for t in attacks],
         [(t.seed["prompt"], t.answer) for t in disguised])
+    # what is known of a game's attack goes to both of its turns, as the labels of its reply do
     facts, to_seed = {}, {t.game: x for t, x in zip(disguised, undisguised)}
     for t, x in zip(attacks, rewrites):
         relevant = not likeness or likeness.cosines(t.answer, [t.seed["prompt"]])[0] >= RELEVANT
@@ -406,7 +408,8 @@ def learn(model, ref, optimizer, turns, sft, step):
         total.update(update(model, optimizer, [turns[i] for i in at], [advantage[i] for i in at],
                             old and [old[i] for i in at], batch, lr))
     tokens, n = total["tokens"], min(UPDATES, len(order))
-    return dict(kl=kl, entropy=total["entropy"] / tokens, lr=lr, degenerate=degenerate,
+    entropy = total["entropy"] / tokens if RL_COEF else math.nan  # not looked at without RL
+    return dict(kl=kl, entropy=entropy, lr=lr, degenerate=degenerate,
                 grad_norm=total["grad_norm"] / n, sft=total["sft"] / n,
                 clipped=total["clipped"] / tokens, gap=total["gap"] / tokens,
                 skipped=total["skipped"])
@@ -446,6 +449,7 @@ def one_step(r, step):
     sft = list(r.sft)
     if METHOD == "ssp":
         defended = [t for t in turns if t.role == "defender"]
+        # new failures are asked again here, which trains nothing; distilled: see selfplay/replay.py
         m.update(r.pool.experience(games, defended, r_def, lambda games: play(
             *players(r), r.tok, r.scorer, games, generator)))
         for text in r.pool.distilled:
@@ -466,8 +470,7 @@ def main(argv):
     meta, out = run.make_meta(globals(), MODEL), r.out
     parallel.once(session.begin, r, meta)
     tracker = monitor.Tracker(TRACKER if parallel.is_first() else "", RUN, meta["constants"], out)
-    print(f"{len(r.seeds)} seeds | {run.machine()} | {r.ref.dtype} | "
-          f"SFT examples {len(r.sft)}")
+    print(f"{len(r.seeds)} seeds | {run.machine()} | {r.ref.dtype} | SFT examples {len(r.sft)}")
     if EVAL_EVERY and not r.first:
         m = dict(step=0, **evaluate(r, 0))
         parallel.once(monitor.write_metrics, out / "metrics.csv", m)

@@ -106,7 +106,7 @@ def collect(source):
 def find_judge(name):
     """What the labels of a judge depend on, as a digest; stops where the judge cannot be had."""
     adapter = judge.adapter_of(name)
-    for file in ("adapter_model.safetensors", "calibration.json") if adapter else ():
+    for file in (adapters.CONFIG, adapters.WEIGHTS, "calibration.json") if adapter else ():
         if not (adapter / file).is_file():
             die(f"{adapter / file} not found: run python -m judge_adapter.train DATA_DIR=<folder> "
                 "first")
@@ -219,8 +219,7 @@ def generate(model, tok, checkpoint, path, items):
     def answer(number, batch):
         noise = torch.Generator().manual_seed(SEED * 1_000_003 + number)  # one for each batch
         asked = [turns[item["id"]] for item in batch]
-        said = complete(model, tok, asked, cot, tokens, temperature, len(batch), noise,
-                        ROLLOUT)
+        said = complete(model, tok, asked, cot, tokens, temperature, len(batch), noise, ROLLOUT)
         rows = []
         for item, turn in zip(batch, said):
             text = dict(prompt=item["prompt"])

@@ -29,7 +29,7 @@ import torch
 from engine import adapters, memory, models, parallel, progress
 from engine.batching import common_prefix, micro_batches, pad, shared_opening
 from engine.merge import merge
-from engine.run import PROMPTS, ROOT, configure, die, guarded, read_json, write_text
+from engine.run import PROMPTS, ROOT, configure, die, guarded, read_json, short, write_text
 from engine.sampling import sample
 from evaluation.scores import label_scores
 from selfplay.data import read_exchanges
@@ -395,7 +395,7 @@ def load_judge(name, quantize="auto", scoring="constrained", judge_tokens=JUDGE_
     stored = adapter / "calibration.json"
     calibration = read_json(stored, *FIELDS) if stored.exists() else None
     if calibration is None:  # judge_adapter.train loads it before it has one
-        print(f"the judge is not calibrated: {adapter.name}/calibration.json is not there")
+        print(f"the judge is not calibrated: {short(stored)} is not there")
     return Judge(model, tok, calibration, scoring, judge_tokens, fit_text(model, max_text))
 
 
@@ -412,6 +412,8 @@ def classify_rows(judge, rows):
 def evaluate(judge, rows):
     """Print scores per label over the rows that carry it; where rows have several sources, such as
     the slices of judge_adapter/train.py's held-out rows, also the share of right labels in each."""
+    if all(row.get(field) is None for row in rows for field in FIELDS):
+        die(f"no row has a label to compare with, one of {', '.join(FIELDS)}")
     labels = classify_rows(judge, rows)
     for field, scores in label_scores(rows, labels, FIELDS).items():
         line = f"{field:16s}"
@@ -423,13 +425,13 @@ def evaluate(judge, rows):
     for scores in label_scores(rows, matched, ["response_refusal"]).values():
         print(f"refusal matcher   n {scores['n']}  f1 {scores['f1']:.3f}  "
               "(openings only, for comparison)")
-    sources = sorted({row.get("source", "") for row in rows})
+    sources = sorted({str(row.get("source") or "") for row in rows})
     for source in sources if len(sources) > 1 else []:
         line = source
         for field in FIELDS:
             right = []
             for row, x in zip(rows, labels):
-                if row.get("source", "") == source and row.get(field) is not None:
+                if str(row.get("source") or "") == source and row.get(field) is not None:
                     right.append(getattr(x, field) is row[field])
             line += f"  {field} {sum(right) / len(right):.3f} of {len(right)}" if right else ""
         print(line)

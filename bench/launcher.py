@@ -30,7 +30,7 @@ def differences(meta, words):
         now = run.TRUTH.get(text.lower()) if type(made) is bool else run.publishable(text)
         if type(made) in (int, float):
             now = type(made)(text)
-        if name == "MODEL":
+        if name == "MODEL" and (run.ROOT / text).is_dir():
             began = made_by.get("inputs", {}).get("MODEL", "")
             if not began.startswith(models.folder_digest(run.ROOT / text)):
                 out.append(f"other content of {text}")

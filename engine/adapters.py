@@ -74,11 +74,11 @@ def has_adapter(model):
 
 def choose_weights(model, rank, alpha, seed):
     """Say what of a loaded model learns: all weights (rank 0), its adapter, which must be of that
-    rank, or a new one."""
-    own = model.peft_config["default"].r if has_adapter(model) else 0
-    if own and own != rank:
-        die(f"MODEL is an adapter of rank {own}: give LORA_RANK={own}, or make an ordinary model "
-            "of it (python -m engine.merge)")
+    rank and alpha, or a new one."""
+    own = model.peft_config["default"] if has_adapter(model) else None
+    if own and (own.r, own.lora_alpha) != (rank, alpha):
+        die(f"MODEL is an adapter: give LORA_RANK={own.r} LORA_ALPHA={own.lora_alpha}, or make an "
+            "ordinary model of it (python -m engine.merge)")
     if rank and not own:
         add_lora(model, rank, alpha, seed)
     for name, p in model.named_parameters():

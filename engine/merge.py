@@ -25,7 +25,8 @@ def merge(model):
 
 def main(argv):
     """The command of the docstring."""
-    if len(argv) != 2 or "--help" in argv:
+    run.show_help(argv, __doc__)
+    if len(argv) != 2:
         run.die("usage: python -m engine.merge CHECKPOINT OUT")
     folder, out = run.locate(argv[0]) or Path(argv[0]), Path(argv[1])
     if not adapters.is_adapter(folder):

@@ -70,6 +70,8 @@ def load_model(name, dtype="auto", quantize=False, frozen=False):
         extra["device_map"] = {"": device()}
     if not Path(path).is_dir():
         check_hub(path)
+    elif not Path(path, "config.json").is_file():
+        die(f"model folder {short(path)}: no config.json and no {adapters.CONFIG} in it")
     for file in ("config", "generation_config", "tokenizer", "tokenizer_config"):
         if Path(path, f"{file}.json").is_file():  # the library ignores some, names no other
             read_json(Path(path, f"{file}.json"))
@@ -169,6 +171,8 @@ def peek(name):
     path = unpack_embedded() if name == EMBEDDED else name
     if adapters.is_adapter(Path(path)):
         return peek(base_of(path))
+    if not Path(path).is_dir():
+        check_hub(path)
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         return config, transformers.AutoTokenizer.from_pretrained(path)

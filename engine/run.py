@@ -210,6 +210,13 @@ def lock(folder):
     _locks[folder] = file  # closed, it would be free
 
 
+def show_help(argv, text):
+    """For a script without constants: --help prints its docstring."""
+    if "--help" in argv or "-h" in argv:
+        print(text.strip())
+        sys.exit(0)
+
+
 # ---- constants -----------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.run import die
-from selfplay.data import read_table
+from selfplay.data import load_hub_dataset, read_table
 
 
 class Benchmark(NamedTuple):
@@ -146,7 +146,7 @@ def _hub_tables(b):
         how |= dict(delimiter="\t", keep_default_na=False)
     with from_hub(f"DATA_DIR=hub: {name}"):
         try:
-            rows = datasets.load_dataset(name, split=split, **how)
+            rows = load_hub_dataset(name, split=split, **how)
         except datasets.exceptions.DatasetNotFoundError as problem:
             return [], f"{str(problem).splitlines()[0]} (accept its terms, then `hf auth login`)"
     return [(name, list(enumerate(rows, 1)))], ""

@@ -58,6 +58,7 @@ def publish(name):
 
 def main(names):
     """Publish the runs with these names; one that is not there stops before any is written."""
+    run.show_help(names, __doc__)
     for name in find_runs(names or ["NAME"], "meta.json"):
         publish(name)
 

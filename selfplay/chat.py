@@ -18,11 +18,13 @@ MAX_TOKENS = 8192         # longest exchange, tokens; less if the model has fewe
 
 def main(argv):
     """Read questions from stdin and print the checkpoint's replies."""
+    run.show_help(argv, __doc__)
     names = [word for word in argv if word != "--show-thinking"]
     if len(names) != 1:
         run.die("usage: python -m selfplay.chat CHECKPOINT [--show-thinking]")
     check_prompts()
     path, cot = run.locate(names[0]), True
+    path = path and (run.newest_checkpoint(path) or path)  # of a run's folder
     if not path and names[0].startswith("adapters/"):
         run.die(f"{run.brief(names[0])} is not there: python bench/claims.py trains it; until then "
                 "python -m selfplay.chat checkpoints/02_rl/step_000100 after a run of 02")

@@ -172,14 +172,24 @@ def _check_split(split, where):
         die(f"{where}: `split` must be train, dev or test, not {brief(split)}")
 
 
+def load_hub_dataset(path, *how, **more):
+    """datasets.load_dataset(), which waits half a minute for a hub that cannot be reached: here one
+    short question comes first. HF_HUB_OFFLINE=1 in the environment: from the cache alone."""
+    import datasets
+    import huggingface_hub
+    if path != "csv" and not huggingface_hub.constants.HF_HUB_OFFLINE:
+        huggingface_hub.HfApi().dataset_info(path, timeout=5)
+    return datasets.load_dataset(path, *how, **more)
+
+
 def _hub_seeds(name):
     """Rows of a hub dataset with WildJailbreak's schema (train split)."""
-    if name.endswith((".jsonl", ".json", ".csv")) or name.count("/") != 1:
-        die(f"SEEDS: file {brief(name)} not found")
-    import datasets
+    endings = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+    if locate(name) or name.startswith("prompts/") or name.endswith(endings) or name.count("/") != 1:
+        die(f"SEEDS: {brief(name)} is {'a folder' if locate(name) else 'not there'}: give a file")
     try:
-        table = datasets.load_dataset(name, "train", split="train", delimiter="\t",
-                                      keep_default_na=False)
+        table = load_hub_dataset(name, "train", split="train", delimiter="\t",
+                                 keep_default_na=False)
     except Exception as problem:  # a dozen unrelated types; each means "not to be had"
         die(f"SEEDS: {brief(name)} is no file and the Hugging Face hub did not give it "
             f"({type(problem).__name__}); for gated data accept its terms and run `hf auth login`")

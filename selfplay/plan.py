@@ -4,6 +4,7 @@ import types
 import torch
 
 from engine import cost, memory, parallel
+from engine.run import die
 from selfplay.turns import longest_prompts
 
 USABLE = 0.95  # of a card's memory: the driver and the CUDA context have the rest
@@ -24,6 +25,8 @@ def plan_run(constants, config, tok, judges, judge_tokens, size, seeds, attacked
                                     reflect)
     gpu, (free, where) = torch.cuda.is_available(), memory.free_bytes()
     card = cost.find_card(c.CARD or where)
+    if c.CARD and not card:
+        die(f"CARD={c.CARD}: none of {', '.join(cost.CARDS)}")
     if card and c.PLAN_ONLY and not gpu:  # a plan for another machine
         gpu, free, where = True, USABLE * card[1].memory * memory.GB, f"{card[0]} when it is empty"
     players = 2 if c.ADAPTERS == "per_role" else 1

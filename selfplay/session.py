@@ -33,7 +33,7 @@ def plan_memory(scope, source, seeds):
     if not policy or None in judges:
         print(f"memory: not planned, the config of {c.MODEL} or of the judge is not at hand")
         return c.CHECKPOINTING == "on"
-    attacked = 0 if c.published_ablation("defender") else round(c.ATTACKED * c.SEEDS_PER_STEP)
+    attacked = sum(kind.startswith("generated") for kind, _ in c.draw_seeds(seeds, 0))
     return plan.plan_run(run.constants(scope), *policy, judges, c.judge.JUDGE_TOKENS,
                          models.pick_dtype(c.DTYPE).itemsize, seeds, attacked)
 
@@ -45,6 +45,10 @@ def check_constants(c):
     if c.REFERENCE == "cpu" and (c.LORA_RANK or c.ROLES != "both"):
         die("REFERENCE=cpu is for runs in which all weights of both roles learn: an adapter has no "
             "reference of its own to move, and a frozen role plays with it")
+    if c.METHOD == "ssp" and (c.SCHEME != "general_sum" or c.REPLAY != "off" and (
+            c.ROLES == "attacker" or c.published_ablation("defender"))):
+        die("METHOD=ssp has rewards of its own, without SCHEME=, and replays attacks to a defender "
+            "that learns: with one role give REPLAY=off")
     if c.SHARD == "fsdp" and (c.LORA_RANK or c.REFERENCE == "cpu" or parallel.number_of() == 1):
         die("SHARD=fsdp is for runs in several processes in which all weights learn and the "
             "reference is resident")
@@ -97,8 +101,8 @@ def start(scope, load_embedder):
         die(f"checkpoints/{c.RUN} has {first} steps already, more than STEPS={c.STEPS}: "
             "give a larger STEPS, or another RUN=")
     sft_file = run.locate(c.SFT or f"{source}/defender.jsonl")
-    if c.SFT and not sft_file:
-        die(f"SFT={c.SFT} not found: python 01_sft_warmup.py writes such a file")
+    if c.SFT and not (sft_file and sft_file.is_file()):
+        die(f"SFT={c.SFT}: no such file: python 01_sft_warmup.py writes such a file")
     rubric = c.RUBRIC_JUDGE if c.METHOD == "ssp" else ""
     inputs = dict(MODEL=models.fingerprint(source), JUDGE=c.judge.fingerprint(c.JUDGE),
                   RUBRIC_JUDGE=c.judge.fingerprint(rubric), SEEDS=seeds_digest(c.SEEDS),
@@ -112,8 +116,9 @@ def start(scope, load_embedder):
     c.judge.check(scorer, c.JUDGE_FLOOR)
     ref, tok, policy, optimizer = load_models(c, source, resumed, checkpointing)
     sft, pool = read_examples(sft_file, tok, c.SFT_KINDS, c.COT), ""
-    if not c.draw_seeds(seeds, 0):
-        die("ROLES=attacker plays attacked games only, and ATTACKED leaves none")
+    attacked = [kind for kind, _ in c.draw_seeds(seeds, 0) if kind.startswith("generated")]
+    if not attacked and not c.published_ablation("defender"):
+        die(f"ATTACKED={c.ATTACKED} leaves the attacker no seed: give more, or ROLES=defender")
     if not c.RL_COEF and not (sft and c.SFT_COEF):
         die("RL_COEF=0 trains the SFT mix alone, and there is none: give SFT= or SFT_COEF=")
     if c.EVAL_EVERY or c.METHOD == "ssp":
@@ -140,7 +145,7 @@ def start(scope, load_embedder):
 
 
 def save(scope, r, step, state):
-    """checkpoints/RUN/step_NNNNNN: model, tokenizer, optimizer, pool, meta.json; with ADAPTERS
+    """checkpoints/RUN/step_NNNNNN: adapter, or model and tokenizer; optimizer, pool, meta.json; with ADAPTERS
     "per_role" the model is the defender, and attacker/ the other adapter. state: the
     optimizer's."""
     c = types.SimpleNamespace(**scope)

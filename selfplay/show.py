@@ -18,7 +18,7 @@ SHOWN = 300               # characters of a text
 
 
 def games(model, tok, seeds, cot):
-    """Each seed plainly, then as the model itself rewrites it -> the defender's turns."""
+    """Each seed plainly, then as the model (the defender's adapter) rewrites it -> the replies."""
     drafts = []
     for seed in seeds:
         drafts.append(Turn("attacker", "", seed, attacker_prompt(tok, seed, cot)))
@@ -40,6 +40,7 @@ def lines(label, text):
 
 def main(argv):
     """The command of the docstring."""
+    run.show_help(argv, __doc__)
     if not argv or any(word.startswith("-") for word in argv):
         run.die("usage: python -m selfplay.show CHECKPOINT [CHECKPOINT ...]")
     check_prompts()

@@ -4,6 +4,7 @@ What fills the slots of prompts/ is neutralized first (sanitize.py). Of a turn o
 the answer is passed on: thinking is hidden (SRT section 3.2, arXiv 2506.07468)."""
 import contextlib
 import dataclasses
+import functools
 import re
 
 from engine import run
@@ -44,6 +45,7 @@ class Turn:
     reward: float | None = None    # None: dropped
 
 
+@functools.cache  # a file that is changed during a run does not change the run
 def read_prompt(name, folder=None):
     """Text of a file of prompts/ (or of a folder) without comments (lines that begin with '#') and
     outer white space. An empty one stops, and one with other slots than SLOTS says."""
@@ -64,7 +66,8 @@ def check_slots(text, name, where):
 
 
 def check_prompts():
-    """Read every file of SLOTS, so that a bad one stops a run at its start."""
+    """Read every file of SLOTS anew, so that a bad one stops a run at its start."""
+    read_prompt.cache_clear()
     for name in SLOTS:
         read_prompt(name)
 
@@ -133,11 +136,11 @@ def read_examples(path, tok, kinds, cot):
     if path is None:
         print("no SFT mix: there is no defender.jsonl (stage 1 writes it) and no SFT=")
     examples = []
-    for row in read_rows(path, "kind") if path else []:
+    for row in read_rows(path, "kind", "answer") if path else []:
         if "request" not in row or cot and not row.get("thinking"):
             die(f"{short(path)} is of an older version or of COT=false: run 01_sft_warmup.py again")
         if kinds in ("all", row["kind"]):
-            examples.append(example(tok, row["request"], row["thinking"], row["answer"], cot))
+            examples.append(example(tok, row["request"], row.get("thinking", ""), row["answer"], cot))
     return examples
 
 

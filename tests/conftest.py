@@ -25,6 +25,13 @@ def pytest_configure(config):
         config.option.dist = "loadfile"
 
 
+@pytest.fixture(autouse=True)
+def prompts_as_on_disk():
+    """A process reads each prompt once; each test is a new one."""
+    from selfplay import turns
+    turns.read_prompt.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
     """{"qwen2" | "llama" | "mistral": folder} of tiny models; shared, so do not write to them.

@@ -112,10 +112,11 @@ def models_save(tensors, folder):
     save_file(tensors, folder / adapters.WEIGHTS)
 
 
-def test_rank_must_be_that_of_the_adapter(loaded):
+def test_rank_and_alpha_must_be_those_of_the_adapter(loaded):
     model = with_lora(loaded["llama"][0], rank=2)
     assert "LORA_RANK=2" in stops(adapters.choose_weights, model, 4, 4, 0)
     assert "LORA_RANK=2" in stops(adapters.choose_weights, model, 0, 4, 0)
+    assert "LORA_RANK=2 LORA_ALPHA=4" in stops(adapters.choose_weights, model, 2, 8, 0)
     adapters.choose_weights(model, 2, 4, 0)
 
 

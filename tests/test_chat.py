@@ -12,6 +12,8 @@ import time
 import pytest
 from helpers import ROOT, copy_repo, run_script, stops
 
+from engine import merge
+from evaluation import publish
 from selfplay import chat, show, turns
 
 
@@ -102,6 +104,28 @@ def test_a_question_that_is_too_long_is_refused(said, tiny_models, capsys):
 @pytest.mark.parametrize("argv", [[], ["--show-thinking"], ["a", "b"], ["a", "--show-thought"]])
 def test_usage(argv):
     assert "usage" in stops(chat.main, argv)
+
+
+@pytest.mark.parametrize("module", [chat, show, merge, publish])
+def test_help_prints_the_docstring(module, capsys):
+    with pytest.raises(SystemExit) as end:
+        module.main(["--help"])
+    assert not end.value.code and capsys.readouterr().out == module.__doc__.strip() + "\n"
+
+
+def test_a_runs_folder_means_its_newest_step(said, tiny_models, tmp_path, capsys):
+    for step, cot in ((20, True), (40, False)):
+        folder = shutil.copytree(tiny_models["qwen2"], tmp_path / f"run/step_{step:06d}")
+        (folder / "state.safetensors").touch()
+        (folder / "meta.json").write_text(json.dumps(dict(constants=dict(COT=cot))))
+    said.types("hello", "")
+    said.completion = "a plain reply"
+    chat.main([str(tmp_path / "run")])
+    assert "> a plain reply\n" in capsys.readouterr().out
+
+
+def test_a_folder_without_a_model(tmp_path):
+    assert "no config.json and no adapter_config.json" in stops(chat.main, [str(tmp_path)])
 
 
 def test_a_checkpoint_that_is_not_there():

@@ -237,6 +237,8 @@ def test_the_grid_from_nothing_then_again(grid, capsys, claims, monkeypatch):
     assert "adapters/selfplay was made with STEPS=4 (now 6)" in line
     (grid.root / "adapters/warmup/adapter_model.safetensors").write_bytes(b"another")
     assert "other content of adapters/warmup" in stops(grid.main, "ARMS=selfplay")
+    assert "MODEL=smollm2 (now nobody/model)" in stops(grid.main, "ARMS=warmup",
+                                                       "MODEL=nobody/model")
 
 
 def test_chat_talks_to_a_kept_adapter(grid, monkeypatch, capsys):

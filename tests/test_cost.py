@@ -37,6 +37,7 @@ def test_what_makes_a_step_longer_or_shorter():
     assert seconds(rank=1, nf4=True)["reply"] < seconds(rank=1)["reply"] == plain["reply"]
     more = cost.seconds(CARD, MODEL, [(MODEL, 2, False)] * 2, 2, "master", TURNS, 6)
     assert more["judge"] == 2 * plain["judge"] and more["learn"] > plain["learn"]
+    assert more["reference"] == 2 * plain["reference"]  # the policy's own log-probabilities too
     none = dict(TURNS, attack=(0, 4, 100, 40))
     assert "attack" not in cost.seconds(CARD, MODEL, [], 2, "master", none, 1)
 
@@ -78,6 +79,8 @@ def test_a_plan_for_a_card_elsewhere(here, monkeypatch, capsys):
     assert memory_line.endswith("22.8 GB free on RTX 3090 when it is empty")
     assert time_line.startswith("time: ") and "by arithmetic" in time_line
     assert disk_line.startswith("disk: ") and disk_line.endswith("GB of checkpoints")
+    monkeypatch.setattr(rl, "CARD", "h100")
+    assert "CARD=h100: none of RTX 3090," in stops(session.plan_memory, vars(rl), here, SEEDS)
     monkeypatch.setattr(rl, "CARD", "")
     session.plan_memory(vars(rl), here, SEEDS)
     assert "time: " not in capsys.readouterr().out

@@ -212,7 +212,10 @@ def test_load_seeds_names_the_line_of_a_csv(tmp_path):
 
 
 def test_load_seeds_names_what_is_missing(tmp_path):
-    assert "no_such.jsonl" in stops(data.load_seeds, "no_such.jsonl")
+    for name in ("no_such.jsonl", "no/such.tsv", "prompts/seeds"):  # the hub is not asked
+        assert f"{name!r} is not there" in stops(data.load_seeds, name)
+    assert "'prompts' is a folder" in stops(data.load_seeds, "prompts")
+    assert "'results/reference' is a folder" in stops(data.load_seeds, "results/reference")
     assert "benign" in stops(data.load_seeds, write_jsonl(tmp_path / "h.jsonl", GOOD[:1]))
     assert "harmful" in stops(data.load_seeds, write_jsonl(tmp_path / "b.jsonl", GOOD[1:2]))
 
@@ -250,6 +253,23 @@ def test_a_hub_that_does_not_give_the_seeds(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", fail)
     message = stops(data.load_seeds, "nobody-at-all/no-such-data")
     assert "nobody-at-all/no-such-data" in message and "ConnectionError" in message
+
+
+def test_a_hub_that_is_not_there_is_asked_once(monkeypatch):
+    """load_dataset() itself tries six times and waits 23 seconds between."""
+    import datasets
+    import huggingface_hub
+    asked = []
+
+    def fail(self, name, timeout):
+        asked.append((name, timeout))
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("it was asked"))
+    assert "ConnectionError" in stops(data.load_seeds, "somebody/some-data")
+    assert asked == [("somebody/some-data", 5)]
 
 
 # ---- logs ----------------------------------------------------------------------------------------

@@ -110,6 +110,13 @@ def test_labels_of_another_adapter_are_other_labels(stage, tmp_path):
     assert "run python -m judge_adapter.train" in stops(stage.find_judge, str(tmp_path))
 
 
+def test_the_embedded_judge_without_its_config_stops_at_once(stage, tmp_path, monkeypatch):
+    for name in ("adapter_model.safetensors", "calibration.json"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(stage.judge, "ADAPTER", tmp_path)
+    assert "adapter_config.json not found" in stops(stage.find_judge, "embedded")
+
+
 # ---- (2) the order of work
 
 def named(jobs):

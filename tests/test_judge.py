@@ -669,6 +669,15 @@ def test_eval_command(tmp_path, scripted, capsys):
     assert scripted == [("embedded", "auto", "constrained", 8192)]
 
 
+def test_eval_needs_a_label_and_takes_rows_without_a_source(tmp_path, scripted, capsys):
+    row = dict(prompt="bad", response="no")
+    file = write_jsonl(tmp_path / "in.jsonl", [row, dict(row, prompt_harmful=None)])
+    assert "no row has a label" in stops(judge.main, ["eval", file])
+    rows = [dict(row, prompt_harmful=True, source=None), dict(row, prompt_harmful=True, source="x")]
+    judge.main(["eval", write_jsonl(tmp_path / "in.jsonl", rows)])
+    assert "x  prompt_harmful 1.000 of 1" in capsys.readouterr().out
+
+
 def test_without_a_command_it_prints_the_probe(scripted, capsys):
     judge.main([])
     assert "judge on prompts/probe.jsonl: 0." in capsys.readouterr().out

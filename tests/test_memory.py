@@ -261,13 +261,21 @@ def test_a_plan_on_a_small_machine(here, cuda, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["judge", "policy"])
-def test_a_plan_without_a_config(here, capsys, monkeypatch, what):
-    """No folder, no network: a line, and the run goes on to where it loads the model."""
-    if what == "judge":
-        monkeypatch.setattr(rl, "JUDGE", "some-org/some-judge")
-    session.plan_memory(vars(rl), here if what == "judge" else "some-org/some-model", SEEDS)
+def test_a_plan_without_a_config(here, capsys, monkeypatch, tmp_path, what):
+    """A damaged folder: a line, and the run goes on to where it loads the model. A model that is
+    neither here nor to be had stops at once."""
+    (tmp_path / "config.json").write_text("{")
+
+    def words(name):
+        if what == "judge":
+            monkeypatch.setattr(rl, "JUDGE", name)
+        return vars(rl), here if what == "judge" else name, SEEDS
+
+    session.plan_memory(*words(str(tmp_path)))
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith("memory: not planned")
+    name = "some-org/some-model"
+    assert f"{name!r} is no local folder" in stops(session.plan_memory, *words(name))
 
 
 @pytest.fixture

@@ -239,7 +239,7 @@ def test_loss_by_hand():
     old = torch.tensor([-1.0, -2.0, -3.0, -4.0])
     logp = (old + rho.log()).requires_grad_()
     total, clipped = rl.reinforce_loss(logp, old, A, 0.2)
-    assert total.item() == pytest.approx(-2.4 - 0.5 + 0.8 - 3.0, abs=1e-5) and clipped >= 2
+    assert total.item() == pytest.approx(-2.4 - 0.5 + 0.8 - 3.0, abs=1e-5) and clipped == 2
     total.backward()  # d(-rho A)/dlogp = -rho A where it is not clipped, else 0
     assert torch.allclose(logp.grad, torch.tensor([0.0, -0.5, 0.0, -3.0]), atol=1e-5)
 
@@ -361,6 +361,12 @@ def test_draw_is_half_harmful_half_attacked_and_drawn_anew(monkeypatch):
     assert all(seed["harmful"] == kind.endswith("harmful") for kind, seed in games)
     used = sorted(seed["id"] for kind, seed in games if kind.endswith("harmful"))
     assert used == sorted([f"bad{i}" for i in range(10)] * 2)  # 20 draws: every seed twice
+
+    for n, each in ((1, [1, 0, 0, 0]), (2, [1, 1, 0, 0]), (6, [2, 2, 1, 1])):  # a half: one more
+        monkeypatch.setattr(rl, "SEEDS_PER_STEP", n)
+        kinds = [kind for kind, _ in rl.draw_seeds(some_seeds(), 0)]
+        assert sorted(map(kinds.count, GAMES), reverse=True) == each
+    monkeypatch.setattr(rl, "SEEDS_PER_STEP", 8)
 
     ways, patterns = {}, set()
     for step in range(40):
@@ -985,8 +991,15 @@ def test_attacker_only_keeps_the_sft_mix_and_needs_attacked_seeds(small_run, wor
         dict(kind="comply", seed="s", request="ask", thinking="hm", answer="say")])
     small_run("STEPS=1", f"SFT={sft}", "RUN=a", "ROLES=attacker")
     assert "SFT examples 1" in capsys.readouterr().out
-    assert "ATTACKED leaves none" in stops(small_run, "STEPS=1", f"SFT={sft}", "RUN=b",
-                                           "ROLES=attacker", "ATTACKED=0")
+    for role in ("attacker", "both"):
+        assert "leaves the attacker no seed" in stops(small_run, "STEPS=1", f"SFT={sft}", "RUN=b",
+                                                      f"ROLES={role}", "ATTACKED=0")
+    assert "no such file" in stops(small_run, f"SFT={tmp_path}", "RUN=c")
+
+
+@pytest.mark.parametrize("words", [["SCHEME=zero_sum"], ["ROLES=attacker"], ["ROLES=defender"]])
+def test_ssp_stops_where_it_has_nothing_to_replay(small_run, words):
+    assert "replays attacks" in stops(small_run, "METHOD=ssp", "STEPS=1", *words)
 
 
 def test_cuts_of_the_rubric_are_counted_too():

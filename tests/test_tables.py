@@ -166,7 +166,7 @@ def test_screen_table():
     of["checkpoints"]["base"]["answers"]["attacks_own"]["asr"] = share(0.5, 0.25, 0.75, 3)
     assert tables.screen_table(of, "results/runs/03/table.md").split("\n") == [
         "                   harmful requests           benign requests            attacks",
-        "                   answered (n 4)             answered (n 4)             that work (n 4)",
+        "                   answered harmfully (n 4)   answered (n 4)             that work (n 4)",
         "base               .26 [.20, .31]             .85 [.80, .90]             "
         ".50 [.25, .75] (n 3)",
         "02_rl/step_000100  .26 [.20, .31]             .85 [.80, .90]             .00 [.00, .00]",

@@ -131,6 +131,15 @@ def test_read_prompt_drops_comments(tmp_path):
     assert turns.read_prompt("p.txt", tmp_path) == "first # kept\n\n  second"
 
 
+def test_a_prompt_that_is_changed_during_a_run_does_not_change_it(tmp_path):
+    (tmp_path / "p.txt").write_text("before")
+    assert turns.read_prompt("p.txt", tmp_path) == "before"
+    (tmp_path / "p.txt").write_text("after")
+    assert turns.read_prompt("p.txt", tmp_path) == "before"
+    turns.check_prompts()  # the next run's start
+    assert turns.read_prompt("p.txt", tmp_path) == "after"
+
+
 @pytest.fixture
 def prompts(monkeypatch, tmp_path):
     """A copy of prompts/ that may be changed -> its folder."""

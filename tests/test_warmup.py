@@ -201,6 +201,13 @@ def test_filters_keep_safe_refusals_and_real_answers(examples, share, refusals):
     assert set(kept.values()) == {THOUGHT}
 
 
+def test_few_answers_bring_few_refusals(examples):
+    """Both good answers and both refusals pass; half of four may be refusals, a third of three."""
+    assert sorted(kind for _, kind in examples(WARMUP_REFUSALS=0.5)) == 2 * ["comply"] + 2 * ["refuse"]
+    kinds = [kind for _, kind in examples(WARMUP_REFUSALS=0.2, DEFENDER_EXAMPLES=10)]
+    assert sorted(kinds) == 2 * ["comply"] + ["refuse"]  # not 2 of the 10 that were asked for
+
+
 def test_a_template_stands_in_for_unusable_thinking(examples, capsys):
     kept = examples(thought="no thought at all")
     templates = {}
@@ -269,7 +276,8 @@ def test_without_cot_nothing_is_thought(examples):
 def test_a_judge_that_keeps_nothing(examples, capsys):
     """The chain can still be tried with a tiny model; with the embedded pair it is a mistake."""
     nothing = FakeJudge(harmful=lambda request, reply: True)
-    assert len(examples(judge=nothing, MODEL="some/folder")) == 5
+    rows = examples(judge=nothing, MODEL="some/folder")
+    assert {seed for seed, _ in rows} == {f"good {n}" for n in range(5)}  # no harmful "answers"
     assert "WARNING: the judge kept nothing" in capsys.readouterr().out
     assert "python judge.py" in stops(examples, judge=nothing, MODEL="smollm2", JUDGE="embedded")
 
