@@ -236,8 +236,7 @@ def baseline_groups(turns):
 
 def advantages(returns, groups):
     """Lists of B returns [T] and B groups -> (B advantages [T], number of degenerate groups). A_t =
-    (G_t - mean) / std over all tokens of a group in a step; zeros if its returns are equal. Where
-    only its rewards are equal, the KL term is scaled up to unit variance (as published)."""
+    (G_t - mean) / std over all tokens of a group in a step; zeros if its returns are equal."""
     out, degenerate = [None] * len(returns), 0
     for group in set(groups):
         members = [i for i, g in enumerate(groups) if g == group]
@@ -251,9 +250,9 @@ def advantages(returns, groups):
 
 
 def reinforce_loss(logp_N, logp_old_N, advantage_N, eps):
-    """(sum over tokens of -min(rho A, clip(rho, 1 - eps, 1 + eps) A), number of tokens that are
-    clipped: without gradient). rho = pi / pi_old. A sum, not a mean: the caller divides by the token
-    count of the whole update, so that micro-batches of any size give the same gradient."""
+    """(sum over tokens of -min(rho A, clip(rho, 1 - eps, 1 + eps) A), number of tokens whose
+    gradient is clipped away). rho = pi / pi_old. A sum, not a mean: the caller divides by the token count
+    of the whole update, so that micro-batches of any size give the same gradient."""
     rho_N = (logp_N - logp_old_N).exp()
     clipped_N = rho_N.clamp(1 - eps, 1 + eps)
     loss_N = -torch.minimum(rho_N * advantage_N, clipped_N * advantage_N)
@@ -310,7 +309,6 @@ def play(attacker, defender, tok, scorer, games, generator, temperature=1.0, lik
         scorer, [(t.request, t.answer) for t in replies],  # one a game: labels[g] is game g's
         [(t.seed["prompt"], t.answer) for t in attacks],
         [(t.seed["prompt"], t.answer) for t in disguised])
-    # what is known of a game's attack goes to both of its turns, as the labels of its reply do
     facts, to_seed = {}, {t.game: x for t, x in zip(disguised, undisguised)}
     for t, x in zip(attacks, rewrites):
         relevant = not likeness or likeness.cosines(t.answer, [t.seed["prompt"]])[0] >= RELEVANT
@@ -318,6 +316,7 @@ def play(attacker, defender, tok, scorer, games, generator, temperature=1.0, lik
     # (5) a reward for each turn
     turns = []
     for t in attacks + replies:
+        # both turns of a game get the labels of its reply, and what is known of its attack
         t = dataclasses.replace(t, labels=labels[t.game], **facts.get(t.game, {}))
         if t.game in to_seed and not has_drifted(t):
             t = dataclasses.replace(t, labels=mean_of(t.labels, to_seed[t.game]))
@@ -423,8 +422,7 @@ def players(r):
 
 
 def evaluate(r, step):
-    """(8) Greedy games on the dev seeds, plain and attacked, after `step` steps -> metrics dev_*;
-    {} in the steps between two evaluations."""
+    """(8) Greedy games on dev seeds after `step` steps -> metrics dev_*; {} between evaluations."""
     if not EVAL_EVERY or step % EVAL_EVERY and step != STEPS:
         return {}
     cut = judge.cuts(r.scorer)

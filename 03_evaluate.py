@@ -108,8 +108,7 @@ def find_judge(name):
     adapter = judge.adapter_of(name)
     for file in (adapters.CONFIG, adapters.WEIGHTS, "calibration.json") if adapter else ():
         if not (adapter / file).is_file():
-            die(f"{adapter / file} not found: run python -m judge_adapter.train DATA_DIR=<folder> "
-                "first")
+            die(f"{adapter / file} not found: run python -m judge_adapter.train DATA_DIR=...")
     if not adapter and not (Path(name) / "config.json").is_file():
         models.check_hub(name)  # stops by itself
     limit = judge.text_limit(EVAL_TOKENS, ATTACK_TOKENS)

@@ -10,7 +10,7 @@ hopes for, and MARGIN more where the claim is that nothing was lost:
   few prompts changed to say. p is two-sided, of a gain of 0. Of a change of rates it is that of
   Fisher's permutation test, which swaps the arms of each prompt (of one answer a prompt this is
   McNemar's exact test); where nothing must be lost, that of Bonett and Price's adjusted interval
-  for paired rates (2012), which is safe where hardly a prompt changes; of diversity, the bootstrap's.
+  for paired rates (2012), which is safe where few prompts change; of diversity, the bootstrap's.
 * Where all samples are alike (nothing changed on any prompt), the interval shown is widened by what
   n prompts leave open: 1 - .025^(1/n).
 * All claims are one family. The word is "cannot tell" too where Holm's adjusted p is above LEVEL,

@@ -54,8 +54,7 @@ def seconds(card, model, judges, size, optimizer, turns, updates, rank=0, nf4=Fa
     out["judge"] = 0.0
     for judge, *_ in judges:
         out["judge"] += 2 * judge.weights * shown / rate
-    passes = 2 if updates > 1 else 1  # the policy's own log-probabilities too
-    out["reference"] = passes * 2 * model.weights * tokens / rate
+    out["reference"] = (4 if updates > 1 else 2) * model.weights * tokens / rate  # 4: both models
     work = (4 if rank else 6) + 2 * checkpointing
     learning = rank * model.ports or model.weights
     moved = learning * (2 * BYTES[optimizer, size] + 3 * size) * updates
@@ -75,7 +74,7 @@ def describe(name, card, phases, steps, disk):
     """The cost in two lines."""
     each = sum(phases.values())
     words = ", ".join(f"{phase} {s:.0f}" for phase, s in phases.items())
-    return (f"time: {each:.1f} s a step on {name} ({words}), {steps} steps {each * steps / 3600:.1f} "
-            f"hours, by arithmetic: {card.bandwidth} TB/s and {card.rate} TFLOP/s, of which "
+    return (f"time: {each:.1f} s a step on {name} ({words}), {steps} steps "
+            f"{each * steps / 3600:.1f} hours, by arithmetic: {card.bandwidth} TB/s and {card.rate} TFLOP/s, of which "
             f"{BANDWIDTH_USED} and {RATE_USED} are used; turns {TURN_USED} of their longest\n"
             f"disk: {disk / GB:.1f} GB of checkpoints")

@@ -218,8 +218,6 @@ def show_help(argv, text):
 
 
 # ---- constants -----------------------------------------------------------------------------------
-
-
 def constants(scope):
     """The constants of a script (`scope`: its globals()) as a plain dict."""
     return {k: v for k, v in scope.items() if k.isupper() and type(v) in (str, int, float, bool)}

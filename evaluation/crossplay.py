@@ -6,7 +6,7 @@ import numpy
 import pandas
 
 from evaluation.players import answers_name, histories, parent_of
-from evaluation.scores import mean_interval, rate
+from evaluation.scores import mean_change, rate
 from selfplay.data import read_rows
 
 
@@ -61,8 +61,9 @@ def margins(games, late, earlier):
     early, harder = earlier[0], 0
     for attacker in earlier:
         harder += games[attacker][late] - games[attacker][early]
-    return dict(late=late, early=early, earlier=earlier, defender=mean_interval(harder / len(earlier)),
-                attacker=mean_interval(games[late][early] - games[early][early]))
+    return dict(late=late, early=early, earlier=earlier,
+                defender=mean_change(harder / len(earlier)),
+                attacker=mean_change(games[late][early] - games[early][early]))
 
 
 def heat_map(path, crossplay):

@@ -113,14 +113,14 @@ def histories(players, base, find_parent):
     """Which players are compared as late and early -> [(late label, [its parent's label, labels of
     its run's earlier steps])]. One for each run of steps among the players (in line_up order).
     find_parent: a player -> the player it was trained from, or None; then the last player outside
-    all runs stands for it. Without runs: the last player and those before it."""
+    all runs stands for it. Without runs: each player whose parent is there, with it alone."""
     runs, single = {}, []
     for c in players:
         if "/" in c.label:
             runs.setdefault(c.label.split("/")[0], []).append(c)
         elif c != base:
             single.append(c)
-    lines = [] if runs else [single if len(single) > 1 else players]
+    lines = [] if runs else [[find_parent(c), c] for c in single if find_parent(c)]
     for steps in runs.values():
         parent = find_parent(steps[0])
         lines.append([parent, *steps] if parent else single[-1:] + steps)

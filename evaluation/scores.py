@@ -35,6 +35,15 @@ def mean_interval(values):
     return dict(rate=float(x.mean()), low=low, high=high, n=len(x))
 
 
+def mean_change(values):
+    """mean_interval() of changes; where all are alike, n prompts leave 1 - .025^(1/n) open."""
+    out = mean_interval(values)
+    if out["n"] and out["low"] == out["high"]:
+        slack = 1 - 0.025 ** (1 / out["n"])
+        out["low"], out["high"] = out["low"] - slack, out["high"] + slack
+    return out
+
+
 def resample(x, times):
     """Means of `times` bootstrap samples of an array of numbers, always the same samples."""
     draw = numpy.random.default_rng(SEED).integers
@@ -94,7 +103,7 @@ def paired_changes(old_folder, new_folder, benchmarks, tasks):
         metric = "acc" if name in tasks else "asr" if items[0]["harmful"] else "benign_compliance"
         change = _outcomes(new_folder, name, metric) - _outcomes(old_folder, name, metric)
         change = change.reindex([item["id"] for item in items]).dropna()  # always in this order
-        out[name] = dict(mean_interval(change), metric=metric, fell=int((change < 0).sum()),
+        out[name] = dict(mean_change(change), metric=metric, fell=int((change < 0).sum()),
                          rose=int((change > 0).sum()))
     return out
 

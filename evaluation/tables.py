@@ -31,7 +31,7 @@ CHANGES = ("Change on the same prompts, with a 95 % paired bootstrap interval. F
            "counted in the rate before and no longer do. Rose: the reverse.")
 CROSSPLAY = {"asr": "Cross-play, ASR: each attacker's attacks on the same seeds, against each "
                     "defender.", "judge2_asr": "The same by JUDGE2."}
-SCREEN = [("seeds_harmful", "asr", "harmful requests", "answered harmfully"),  # and two header lines
+SCREEN = [("seeds_harmful", "asr", "harmful requests", "answered harmfully"),  # two header lines
           ("seeds_benign", "benign_compliance", "benign requests", "answered"),
           ("attacks_own", "asr", "attacks", "that work")]
 COLOURS = ("#B2452F", "#2F6FB2")  # of the first two of these in draw_rates

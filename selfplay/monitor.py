@@ -55,7 +55,7 @@ def step_metrics(turns):
         comply_b=mean(complied(benign)), empty=mean(replies["empty"]),
         fmt=mean(every["well_formed"]), fmt_atk=mean(attacks["well_formed"]),
         faithful=mean(attacks["faithful"][attacks["parsed"]]),
-        copy=mean(attacks["copy"]), unique=attacks["answer"].nunique() / len(attacks) if len(attacks) else math.nan,
+        copy=mean(attacks["copy"]), unique=mean(~attacks["answer"].duplicated()),
         atk_refuse=mean(attacks["declined"]), relevant=mean(attacks["relevant"]),
         drop=int(every["reward"].isna().sum()), turns=len(turns),
         len=mean(every["tokens"]), len_atk=mean(attacks["tokens"]))

@@ -45,10 +45,9 @@ def check_constants(c):
     if c.REFERENCE == "cpu" and (c.LORA_RANK or c.ROLES != "both"):
         die("REFERENCE=cpu is for runs in which all weights of both roles learn: an adapter has no "
             "reference of its own to move, and a frozen role plays with it")
-    if c.METHOD == "ssp" and (c.SCHEME != "general_sum" or c.REPLAY != "off" and (
-            c.ROLES == "attacker" or c.published_ablation("defender"))):
-        die("METHOD=ssp has rewards of its own, without SCHEME=, and replays attacks to a defender "
-            "that learns: with one role give REPLAY=off")
+    alone = c.ROLES == "attacker" or c.published_ablation("defender")
+    if c.METHOD == "ssp" and (c.SCHEME != "general_sum" or c.REPLAY != "off" and alone):
+        die("METHOD=ssp has no SCHEME and replays attacks: with one role give REPLAY=off")
     if c.SHARD == "fsdp" and (c.LORA_RANK or c.REFERENCE == "cpu" or parallel.number_of() == 1):
         die("SHARD=fsdp is for runs in several processes in which all weights learn and the "
             "reference is resident")
@@ -145,9 +144,8 @@ def start(scope, load_embedder):
 
 
 def save(scope, r, step, state):
-    """checkpoints/RUN/step_NNNNNN: adapter, or model and tokenizer; optimizer, pool, meta.json; with ADAPTERS
-    "per_role" the model is the defender, and attacker/ the other adapter. state: the
-    optimizer's."""
+    """checkpoints/RUN/step_NNNNNN: adapter, or model and tokenizer; optimizer, pool, meta.json.
+    With ADAPTERS "per_role" the defender's, and attacker/ the other. state: the optimizer's."""
     c = types.SimpleNamespace(**scope)
     meta = dict(run.make_meta(scope, c.MODEL), step=step, inputs=r.inputs,
                 processes=parallel.number_of())

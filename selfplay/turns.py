@@ -140,7 +140,8 @@ def read_examples(path, tok, kinds, cot):
         if "request" not in row or cot and not row.get("thinking"):
             die(f"{short(path)} is of an older version or of COT=false: run 01_sft_warmup.py again")
         if kinds in ("all", row["kind"]):
-            examples.append(example(tok, row["request"], row.get("thinking", ""), row["answer"], cot))
+            texts = row["request"], row.get("thinking", ""), row["answer"]
+            examples.append(example(tok, *texts, cot))
     return examples
 
 

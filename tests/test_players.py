@@ -213,5 +213,8 @@ def test_line_up_and_histories():
     assert histories(order, base)[1] == ("pilot/step_000040", ["base"])
     # the pilot has nobody before it
     assert histories(order[2:]) == [("rl/step_000100", ["rl/step_000020"])]
-    assert histories(list(map(player, "xyz"))) == [("z", ["x", "y"])]
-    assert histories([base, sft]) == [("01_sft", ["base"])]
+    assert histories(list(map(player, "xyz"))) == [] == histories([base, sft])
+    assert histories([base, sft], base) == [("01_sft", ["base"])]
+    arms = list(map(player, ("warmup", "selfplay", "zero_sum")))  # two of one parent
+    got = players.histories(arms, base, lambda c: arms[0] if c != arms[0] else None)
+    assert got == [("selfplay", ["warmup"]), ("zero_sum", ["warmup"])]

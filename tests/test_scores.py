@@ -280,3 +280,12 @@ def test_label_scores_are_over_what_both_know():
         x.p = {}  # a judge that generates its labels has no probabilities
     out = scores.label_scores(rows, labels, fields)
     assert out["prompt_harmful"]["n"] == 5 and "auc" not in out["prompt_harmful"]
+
+
+def test_changes_that_are_all_alike_have_a_width():
+    """20 prompts leave open that up to .17 of them change: (1 - .17)^20 = .025."""
+    out = scores.mean_change([0.0] * 20)
+    assert out["rate"] == 0 and out["high"] == -out["low"]
+    assert (1 - out["high"]) ** 20 == pytest.approx(0.025)
+    assert scores.mean_change([0.0, 1.0, -1.0]) == scores.mean_interval([0.0, 1.0, -1.0])
+    assert scores.mean_change([]) == dict(rate=None, low=None, high=None, n=0)
