@@ -5,7 +5,7 @@
     python 02_selfplay_rl.py --paper       7B policy, WildGuard in NF4 (not run; see README)
     python 02_selfplay_rl.py MODEL=<any instruct model> SFT=<defender.jsonl>    without a warm-up
 
-Ablations: COT=false (the instruction and the SFT mix stay; published: neither);
+Ablations: COT=false, after 01 with it (instruction and SFT mix stay; published: neither);
 ROLES=defender (no attacker, every seed goes straight to the defender);
 ROLES=attacker (attacked games only, against the frozen start model asked in plain chat);
 SCHEME=zero_sum; RL_COEF=0 (control: the SFT mix alone). A run's first line says which one it is.
