@@ -186,7 +186,7 @@ def _hub_seeds(name):
     """Rows of a hub dataset with WildJailbreak's schema (train split)."""
     endings = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
     if locate(name) or name.endswith(endings) or name.count("/") != 1 or "prompts/" in name:
-        die(f"SEEDS: {brief(name)} is {'a folder' if locate(name) else 'not there'}: give a file")
+        die(f"SEEDS: {brief(name)} {'is a folder' if locate(name) else 'not found'}: give a file")
     try:
         table = load_hub_dataset(name, "train", split="train", delimiter="\t",
                                  keep_default_na=False)

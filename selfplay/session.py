@@ -101,7 +101,7 @@ def start(scope, load_embedder):
             "give a larger STEPS, or another RUN=")
     sft_file = run.locate(c.SFT or f"{source}/defender.jsonl")
     if c.SFT and not (sft_file and sft_file.is_file()):
-        die(f"SFT={c.SFT}: no such file: python 01_sft_warmup.py writes such a file")
+        die(f"SFT={c.SFT}: file not found: python 01_sft_warmup.py writes such a file")
     rubric = c.RUBRIC_JUDGE if c.METHOD == "ssp" else ""
     inputs = dict(MODEL=models.fingerprint(source), JUDGE=c.judge.fingerprint(c.JUDGE),
                   RUBRIC_JUDGE=c.judge.fingerprint(rubric), SEEDS=seeds_digest(c.SEEDS),

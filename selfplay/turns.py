@@ -136,8 +136,8 @@ def read_examples(path, tok, kinds, cot):
     if path is None:
         print("no SFT mix: there is no defender.jsonl (stage 1 writes it) and no SFT=")
     examples = []
-    for row in read_rows(path, "kind", "answer") if path else []:
-        if "request" not in row or cot and not row.get("thinking"):
+    for row in read_rows(path, "kind") if path else []:
+        if {"request", "answer"} - row.keys() or cot and not row.get("thinking"):
             die(f"{short(path)} is of an older version or of COT=false: run 01_sft_warmup.py again")
         if kinds in ("all", row["kind"]):
             texts = row["request"], row.get("thinking", ""), row["answer"]

@@ -213,7 +213,7 @@ def test_load_seeds_names_the_line_of_a_csv(tmp_path):
 
 def test_load_seeds_names_what_is_missing(tmp_path):
     for name in ("no_such.jsonl", "no/such.tsv", "prompts/seeds"):  # the hub is not asked
-        assert f"{name!r} is not there" in stops(data.load_seeds, name)
+        assert f"{name!r} not found" in stops(data.load_seeds, name)
     assert "'prompts' is a folder" in stops(data.load_seeds, "prompts")
     assert "'results/reference' is a folder" in stops(data.load_seeds, "results/reference")
     assert "benign" in stops(data.load_seeds, write_jsonl(tmp_path / "h.jsonl", GOOD[:1]))

@@ -886,7 +886,8 @@ def test_any_model_starts_with_an_sft_file(small_run, workplace, tmp_path, capsy
     small_run("STEPS=1", f"SFT={sft}", "RUN=b", "SFT_KINDS=all")
     assert "SFT examples 3" in capsys.readouterr().out
     assert "not found" in stops(small_run, "STEPS=1", "SFT=nowhere.jsonl", "RUN=c")
-    for row in (dict(rows[0], thinking=""), dict(kind="comply", prompt_ids=[1])):
+    for row in (dict(rows[0], thinking=""), dict(kind="comply", prompt_ids=[1]),
+                {k: v for k, v in rows[0].items() if k != "answer"}):
         old = write_jsonl(tmp_path / "old.jsonl", [row])
         assert "01_sft_warmup.py again" in stops(small_run, "STEPS=1", f"SFT={old}", "RUN=c")
     assert "RL_COEF=0" in stops(small_run, "STEPS=1", "RL_COEF=0", "RUN=d")
@@ -994,7 +995,7 @@ def test_attacker_only_keeps_the_sft_mix_and_needs_attacked_seeds(small_run, wor
     for role in ("attacker", "both"):
         assert "leaves the attacker no seed" in stops(small_run, "STEPS=1", f"SFT={sft}", "RUN=b",
                                                       f"ROLES={role}", "ATTACKED=0")
-    assert "no such file" in stops(small_run, f"SFT={tmp_path}", "RUN=c")
+    assert "file not found" in stops(small_run, f"SFT={tmp_path}", "RUN=c")
 
 
 @pytest.mark.parametrize("words", [["SCHEME=zero_sum"], ["ROLES=attacker"], ["ROLES=defender"]])
