@@ -164,8 +164,7 @@ def defender_examples(model, tok, scorer, seeds, rng, generator):
     n_refuse = min(len(refuse), round(WARMUP_REFUSALS * DEFENDER_EXAMPLES))
     comply = comply[:DEFENDER_EXAMPLES - n_refuse]
     if WARMUP_REFUSALS < 1:  # the share holds where few answers were kept, too
-        share = WARMUP_REFUSALS / (1 - WARMUP_REFUSALS)
-        n_refuse = min(n_refuse, int(len(comply) * share + 0.5))
+        n_refuse = min(n_refuse, int(len(comply) * WARMUP_REFUSALS / (1 - WARMUP_REFUSALS) + 0.5))
     kept = refuse[:n_refuse] + comply
     if not kept:
         if judge.adapter_of(JUDGE) and MODEL == models.EMBEDDED:

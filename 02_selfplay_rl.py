@@ -251,8 +251,8 @@ def advantages(returns, groups):
 
 def reinforce_loss(logp_N, logp_old_N, advantage_N, eps):
     """(sum over tokens of -min(rho A, clip(rho, 1 - eps, 1 + eps) A), number of tokens whose
-    gradient is clipped away). rho = pi / pi_old. A sum, not a mean: the caller divides by the token count
-    of the whole update, so that micro-batches of any size give the same gradient."""
+    gradient is clipped away). rho = pi / pi_old. A sum, not a mean: the caller divides by the token
+    count of the whole update, so that micro-batches of any size give the same gradient."""
     rho_N = (logp_N - logp_old_N).exp()
     clipped_N = rho_N.clamp(1 - eps, 1 + eps)
     loss_N = -torch.minimum(rho_N * advantage_N, clipped_N * advantage_N)

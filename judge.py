@@ -377,8 +377,7 @@ def load_judge(name, quantize="auto", scoring="constrained", judge_tokens=JUDGE_
         return scorer
     adapter = adapter_of(name)
     if adapter and quantize == "nf4":
-        die("the embedded judge is not quantized: QUANTIZE=nf4 is for WildGuard-format models "
-            "given by name or folder")
+        die("the embedded judge is not quantized: QUANTIZE=nf4 is for WildGuard's format")
     if not adapter:
         model, tok = models.load_model(name, quantize=uses_nf4(name, quantize), frozen=True)
         model, max_text = model.requires_grad_(False), fit_text(model, max_text)
@@ -386,8 +385,7 @@ def load_judge(name, quantize="auto", scoring="constrained", judge_tokens=JUDGE_
             return LlamaGuard(model, tok, judge_tokens, max_text)
         return Judge(model, tok, None, scoring, judge_tokens, max_text)
     if not (adapter / adapters.WEIGHTS).exists():
-        die(f"{adapter.name}/ has no adapter: run python -m judge_adapter.train "
-            "DATA_DIR=<folder of labelled exchanges> first")
+        die(f"{adapter.name}/ has no adapter: run python -m judge_adapter.train DATA_DIR=... first")
     model, tok = models.load_model(models.EMBEDDED, "float32")  # merged, then rounded once
     adapters.attach(model, adapter, models.read_tensors)
     model = merge(model).to(models.pick_dtype("auto", frozen=True))
@@ -425,13 +423,13 @@ def evaluate(judge, rows):
     for scores in label_scores(rows, matched, ["response_refusal"]).values():
         print(f"refusal matcher   n {scores['n']}  f1 {scores['f1']:.3f}  "
               "(openings only, for comparison)")
-    sources = sorted({str(row.get("source") or "") for row in rows})
-    for source in sources if len(sources) > 1 else []:
+    sources = [str(row.get("source") or "") for row in rows]
+    for source in sorted(set(sources)) if len(set(sources)) > 1 else []:
         line = source
         for field in FIELDS:
             right = []
-            for row, x in zip(rows, labels):
-                if str(row.get("source") or "") == source and row.get(field) is not None:
+            for row, x, of in zip(rows, labels, sources):
+                if of == source and row.get(field) is not None:
                     right.append(getattr(x, field) is row[field])
             line += f"  {field} {sum(right) / len(right):.3f} of {len(right)}" if right else ""
         print(line)

@@ -6,8 +6,8 @@ over prompts (of diversity: over the seeds that were rewritten), so what makes a
 both arms cancels. The word follows from the gain, which is the change with the sign that the claim
 hopes for, and MARGIN more where the claim is that nothing was lost:
 
-* holds: the gain is above 0; does not: it is below 0; cannot tell: where p is above LEVEL, or too
-  few prompts changed to say. p is two-sided, of a gain of 0. Of a change of rates it is that of
+* holds: the gain is above 0; does not: it is below 0; cannot tell: where p is above
+  LEVEL. p is two-sided, of a gain of 0. Of a change of rates it is that of
   Fisher's permutation test, which swaps the arms of each prompt (of one answer a prompt this is
   McNemar's exact test); where nothing must be lost, that of Bonett and Price's adjusted interval
   for paired rates (2012), which is safe where few prompts change; of diversity, the bootstrap's.
@@ -28,7 +28,7 @@ from scipy import stats
 
 from engine import run
 from evaluation import attackers
-from evaluation.scores import rate, resample
+from evaluation.scores import left_open, rate, resample
 from selfplay.data import read_rows
 
 RESAMPLES = 10_000        # of a bootstrap: the least p is 2 / 10,001, small enough for Holm
@@ -154,8 +154,8 @@ class Answers:
 
 
 def learns_to_attack(arm):
-    """Is an arm's attacker more than what is left of it? Those that train the defender alone have
-    one that writes refusals (defender_only: 90 of 96 attacks)."""
+    """Is an arm's attacker one to test with? Where the defender alone was trained, the attacker's
+    turns became refusals (defender_only: 90 of 96)."""
     return not arm.startswith("defender_")
 
 
@@ -193,8 +193,7 @@ def summary(samples, value, claim, n, p):
     that of the gain, 0 where p is above LEVEL."""
     low, high = numpy.percentile(samples, [2.5, 97.5]).tolist()
     if min(samples) == max(samples):
-        slack = 1 - .025 ** (1 / n)
-        low, high = low - slack, high + slack
+        low, high = low - left_open(n), high + left_open(n)
     gain = claim.better * value + MARGIN * claim.kept
     sign = int(numpy.sign(gain)) if p <= LEVEL else 0
     return dict(change=float(value), low=low, high=high, n=n, p=float(p), sign=sign)

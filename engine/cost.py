@@ -75,6 +75,6 @@ def describe(name, card, phases, steps, disk):
     each = sum(phases.values())
     words = ", ".join(f"{phase} {s:.0f}" for phase, s in phases.items())
     return (f"time: {each:.1f} s a step on {name} ({words}), {steps} steps "
-            f"{each * steps / 3600:.1f} hours, by arithmetic: {card.bandwidth} TB/s and {card.rate} TFLOP/s, of which "
-            f"{BANDWIDTH_USED} and {RATE_USED} are used; turns {TURN_USED} of their longest\n"
+            f"{each * steps / 3600:.1f} hours, by arithmetic: {card.bandwidth} TB/s and {card.rate} "
+            f"TFLOP/s, {BANDWIDTH_USED} and {RATE_USED} used; turns {TURN_USED} of their longest\n"
             f"disk: {disk / GB:.1f} GB of checkpoints")

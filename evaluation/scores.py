@@ -36,12 +36,16 @@ def mean_interval(values):
 
 
 def mean_change(values):
-    """mean_interval() of changes; where all are alike, n prompts leave 1 - .025^(1/n) open."""
+    """mean_interval() of changes; where all are alike, it is as wide as left_open()."""
     out = mean_interval(values)
     if out["n"] and out["low"] == out["high"]:
-        slack = 1 - 0.025 ** (1 / out["n"])
-        out["low"], out["high"] = out["low"] - slack, out["high"] + slack
+        out["low"], out["high"] = out["low"] - left_open(out["n"]), out["high"] + left_open(out["n"])
     return out
+
+
+def left_open(n):
+    """The share of prompts that may still change where none of n did: (1 - share)^n = .025."""
+    return 1 - 0.025 ** (1 / n)
 
 
 def resample(x, times):

@@ -188,8 +188,7 @@ def _hub_seeds(name):
     if locate(name) or name.endswith(endings) or name.count("/") != 1 or "prompts/" in name:
         die(f"SEEDS: {brief(name)} {'is a folder' if locate(name) else 'not found'}: give a file")
     try:
-        table = load_hub_dataset(name, "train", split="train", delimiter="\t",
-                                 keep_default_na=False)
+        table = load_hub_dataset(name, "train", split="train", delimiter="\t", keep_default_na=False)
     except Exception as problem:  # a dozen unrelated types; each means "not to be had"
         die(f"SEEDS: {brief(name)} is no file and the Hugging Face hub did not give it "
             f"({type(problem).__name__}); for gated data accept its terms and run `hf auth login`")
