@@ -407,10 +407,10 @@ def learn(model, ref, optimizer, turns, sft, step):
         total.update(update(model, optimizer, [turns[i] for i in at], [advantage[i] for i in at],
                             old and [old[i] for i in at], batch, lr))
     tokens, n = total["tokens"], min(UPDATES, len(order))
-    entropy = total["entropy"] / tokens if RL_COEF else math.nan  # not looked at without RL
-    return dict(kl=kl, entropy=entropy, lr=lr, degenerate=degenerate,
+    seen = tokens if RL_COEF else math.nan  # without RL nothing is scored
+    return dict(kl=kl, entropy=total["entropy"] / seen, lr=lr, degenerate=degenerate,
                 grad_norm=total["grad_norm"] / n, sft=total["sft"] / n,
-                clipped=total["clipped"] / tokens, gap=total["gap"] / tokens,
+                clipped=total["clipped"] / tokens, gap=total["gap"] / seen,
                 skipped=total["skipped"])
 
 

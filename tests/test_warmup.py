@@ -276,7 +276,7 @@ def test_without_cot_nothing_is_thought(examples):
 def test_a_judge_that_keeps_nothing(examples, capsys):
     """The chain can still be tried with a tiny model; with the embedded pair it is a mistake."""
     nothing = FakeJudge(harmful=lambda request, reply: True)
-    rows = examples(judge=nothing, MODEL="some/folder")
+    rows = examples(judge=nothing, MODEL="some/folder", DEFENDER_EXAMPLES=10)
     assert {seed for seed, _ in rows} == {f"good {n}" for n in range(5)}  # no harmful "answers"
     assert "WARNING: the judge kept nothing" in capsys.readouterr().out
     assert "python judge.py" in stops(examples, judge=nothing, MODEL="smollm2", JUDGE="embedded")
