@@ -3,6 +3,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
 import random
 import re
 import shutil
