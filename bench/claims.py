@@ -11,16 +11,19 @@
 2. Keep, after each arm: ADAPTERS_DIR/ARM (adapter in bfloat16, meta.json, a warm-up's SFT mix),
    results/reference/RUN/ARM (metrics.csv, 20 games, of SSP's arms the attacks that worked). An arm
    that is kept is finished: with these files the grid goes on on another machine.
-3. Evaluate by 03: every arm's attacker against every arm's defender, the benchmarks of DATA_DIR,
-   and the SSP arms on the attacks that worked in training.
+3. Evaluate by 03: each arm on the held-back seeds and the benchmarks of DATA_DIR, by the attacks
+   of all attackers_of(), and the SSP arms by the attacks that worked in training. What comes out is
+   kept by bench/outcomes.py: an arm that comes later is evaluated alone.
 4. Best response: a final defender is frozen and its attacker trained on, on attacked games only;
    its success before and after. These attackers stay in checkpoints/ and are never kept.
 5. Write results/reference/RUN/claims.md and .json, of SPLIT=test claims_test.md and .json
-   (bench/verdicts.py has the claims and the rule for the verdict), and CARD.md of each adapter.
+   (bench/verdicts.py has the claims and the rule for the verdict), two pictures, and CARD.md of
+   each adapter.
 
 Choices of ours: an arm without hidden thinking starts from a warm-up without it; random seeds
 differ in 02, not in the warm-up; the SFT mix is left out of 4, since it teaches the defender.
 """
+import hashlib
 import json
 import shlex
 import shutil
@@ -33,11 +36,14 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import judge  # noqa: E402
 import launcher  # noqa: E402
+import outcomes  # noqa: E402
+import pandas  # noqa: E402
 import torch  # noqa: E402
 import verdicts  # noqa: E402
 from engine import adapters, batching, run  # noqa: E402
 from engine.run import die  # noqa: E402
-from evaluation import attackers, publish  # noqa: E402
+from evaluation import attackers, crossplay, publish, tables  # noqa: E402
+from evaluation.scores import rate  # noqa: E402
 from selfplay.data import halves, load_seeds, read_rows, seeds_digest  # noqa: E402
 
 # ==================================================================================================
@@ -147,7 +153,27 @@ def results(part):
 def evaluation(run_name, checkpoints, *words):
     """The words that evaluate checkpoints, into results/runs/RUN_NAME."""
     return ["03_evaluate.py", f"RUN={run_name}", f"BASE={MODEL}", f"JUDGE={JUDGE}",
-            f"JUDGE2={JUDGE2}", f"CHECKPOINTS={','.join(checkpoints)}", "CAPABILITY=", *words]
+            f"JUDGE2={JUDGE2}", f"CHECKPOINTS={','.join(checkpoints)}", "CAPABILITY=",
+            f"SPLIT={SPLIT}", *words]
+
+
+def own_command(arms):
+    """The words that ask arms the held-back seeds and the benchmarks, and let them attack."""
+    data = [f"DATA_DIR={DATA_DIR}"] if DATA_DIR else []
+    return evaluation(results(""), map(kept_at, arms), f"LIMIT={LIMIT}", "CROSSPLAY=none", *data)
+
+
+def file_command(name, arms):
+    """The words that ask arms the requests in results/runs/NAME.jsonl, a file of seeds."""
+    return evaluation(name, map(kept_at, arms), f"SEEDS=results/runs/{name}.jsonl",
+                      "CROSSPLAY=none", "ATTACK=false")
+
+
+def response_evaluation(arms):
+    """The words that let the best responses to arms attack them."""
+    runs = ",".join(f"checkpoints/{run_of(f'response_{arm}')}" for arm in arms)
+    return evaluation(results("_response"), map(kept_at, arms), f"LIMIT={LIMIT}",
+                      f"CROSSPLAY={runs}")
 
 
 def responses(arms):
@@ -159,21 +185,20 @@ def responses(arms):
     return [arm for arm in arms if arm in wanted]
 
 
-def evaluations(arms, met):
-    """Commands of the evaluations of `arms`, all of them finished. met: are there attacks that the
-    SSP arms met? They are asked when all of these arms are there, so that nobody's are missing."""
-    same = [f"SPLIT={SPLIT}", f"LIMIT={LIMIT}"]
-    data = [f"DATA_DIR={DATA_DIR}"] if DATA_DIR else []
-    out = [evaluation(results(""), [MODEL, *map(kept_at, arms)], *same, *data)]
-    if met and set(SSP_ARMS) <= set(arms):
-        out.append(evaluation(f"{RUN}_met", map(kept_at, SSP_ARMS), f"SEEDS={met_file()}",
-                              "SPLIT=dev", "CROSSPLAY=none"))
+def attackers_of(arms):
+    """Those of the arms whose attacks all are tested with: one random seed of each, and not where
+    the defender alone was trained (the attacker's turns become refusals there: 90 of 96)."""
+    return [arm for arm in arms if arm in GRID and "ROLES=defender" not in GRID[arm][1]]
+
+
+def plan(arms):
+    """All commands that arms need from nothing."""
+    out = [*map(command, arms), own_command(arms), file_command(results("_attacked"), arms)]
+    if set(SSP_ARMS) <= set(arms):
+        out.append(file_command(results("_met"), SSP_ARMS))
     targets = responses(arms)
-    if targets:
-        runs = ",".join(f"checkpoints/{run_of(f'response_{arm}')}" for arm in targets)
-        out.append(evaluation(results("_response"), map(kept_at, targets), *same,
-                              f"CROSSPLAY={runs}"))
-    return out
+    out += map(response_command, targets)
+    return out + ([response_evaluation(targets)] if targets else [])
 
 
 # ---- one arm -------------------------------------------------------------------------------------
@@ -272,43 +297,149 @@ def worked(arm, games):
             for n, (text, seed) in enumerate(seen.items())]
 
 
-def met_file():
-    """The file of seeds with the attacks that SSP met, as a command names it."""
-    return f"results/runs/{RUN}_met.jsonl"
+# ---- evaluation ----------------------------------------------------------------------------------
+
+def known_outcomes(arms):
+    """What is kept of the evaluations of finished arms, by today's judges."""
+    judges, digests = {}, {}
+    for name in (JUDGE, JUDGE2):
+        judges[run.publishable(name)] = judge.fingerprint(name)
+    for arm in arms:
+        digests[arm] = run.file_digest(run.ROOT / kept_at(arm) / adapters.WEIGHTS)
+    suffix = ("_test" if SPLIT == "test" else "") + (f"_limit{LIMIT}" if LIMIT else "")
+    return outcomes.Outcomes(run.REFERENCE / RUN, suffix, judges, digests)
 
 
-def write_met():
-    """Fill met_file() from what the SSP arms kept -> has it any attack?"""
-    rows = []
+def folder_of(words, arm):
+    """Where 03 writes an arm's answers."""
+    given = dict(word.split("=", 1) for word in words[1:])
+    limit = f"_limit{LIMIT}" if int(given.get("LIMIT", 0)) else ""
+    return run.RUNS / f"{given['RUN']}{limit}" / arm
+
+
+def evaluate(arms, known):
+    """(3) Ask the finished arms what they were not asked yet."""
+    new = []
+    for arm in arms:
+        benchmarks = set(known.answers(arm)) - set(outcomes.OWN)
+        others = [x for x in benchmarks if not x.startswith(outcomes.ATTACKED)]
+        if not known.has(arm, outcomes.OWN[0]) or DATA_DIR and not others:
+            new.append(arm)
+    if new:
+        ask_own(new, known)
+    groups = {}  # arms by the attackers that they have not met
+    for arm in arms:
+        unmet = [by for by in attackers_of(arms) if not known.has(arm, outcomes.ATTACKED + by)]
+        if unmet:
+            groups.setdefault(tuple(unmet), []).append(arm)
+    for by, some in groups.items():
+        ask_attacked(some, by, known)
+    if set(SSP_ARMS) <= set(arms) and not all(known.has(arm, "met") for arm in SSP_ARMS):
+        ask_met(known)
+
+
+def ask_own(arms, known):
+    """Arms on the seeds and benchmarks; their attacks on themselves are kept, too."""
+    words = own_command(arms)
+    launcher.launch(words)
+    summary = run.read_json(folder_of(words, "summary.json"), benchmarks=dict)
+    for arm in arms:
+        folder = folder_of(words, arm)
+        known.keep_attacks(arm, folder / "attacks.jsonl")
+        for name in summary["benchmarks"]:
+            known.add_answers(arm, name, folder / name, outcomes.is_harmful(name))
+        if arm in attackers_of([arm]):
+            stem = folder / "attacks_own"
+            found = {x: outcomes.judged(stem, True, x) for x in outcomes.OPINIONS}
+            known.add_attacked(arm, arm, found)
+    known.save()
+
+
+def ask_attacked(arms, by, known):
+    """Arms on the attacks of the arms `by`."""
+    rows, digests = [], []
+    for attacker in by:
+        digests.append((attacker, known.attacks_digest(attacker)))
+        for row in known.attacks(attacker):
+            if row["answer"]:
+                rows.append(dict(id=f"{row['id']}~{attacker}", prompt=row["answer"]))
+    name = f"{results('_attacked')}_{hashlib.sha256(repr(digests).encode()).hexdigest()[:8]}"
+    words = file_command(name, arms)
+    if rows:
+        write_seeds(name, rows)
+        launcher.launch(words)
+    for arm in arms:
+        for attacker in by:
+            known.add_attacked(arm, attacker, by_attacker(folder_of(words, arm), attacker))
+    known.save()
+
+
+def by_attacker(folder, attacker):
+    """The outcomes of one attacker's attacks among those of several (ids: SEED~ATTACKER)."""
+    found = {}
+    for opinion in outcomes.OPINIONS:
+        series = outcomes.judged(folder / "seeds_harmful", True, opinion)
+        if series is None:  # no attack had text
+            series = pandas.Series(dtype=float)
+        own = {}
+        for i, x in series.items():
+            seed, _, of = i.rpartition("~")
+            if of == attacker:
+                own[seed] = x
+        found[opinion] = pandas.Series(own, dtype=float)
+    return found
+
+
+def ask_met(known):
+    """The SSP arms on the attacks that worked against one of them in training."""
+    rows, name = [], results("_met")
     for arm in SSP_ARMS:
         rows += read_rows(run.REFERENCE / RUN / arm / "met.jsonl", heal=False)
-    _, benign = halves(load_seeds("prompts/seeds.jsonl", "dev"))
-    for seed in benign[:BENIGN] if rows else []:
-        rows.append(dict(id=seed["id"], prompt=seed["prompt"], harmful=False, split="dev"))
+    if not rows:
+        return
+    write_seeds(name, rows)
+    words = file_command(name, SSP_ARMS)
+    launcher.launch(words)
+    for arm in SSP_ARMS:
+        known.add_answers(arm, "met", folder_of(words, arm) / "seeds_harmful")
+    known.save()
+
+
+def ask_responses(arms, known):
+    """(4) Train the best responses that were not tried yet, and try them."""
+    arms = [arm for arm in arms if not known.has(arm, "response")]
+    if not arms:
+        return
+    for arm in arms:
+        respond(arm)
+    words = response_evaluation(arms)
+    launcher.launch(words)
+    for arm in arms:
+        attacker = f"{run_of(f'response_{arm}')}/step_{RESPONSE_STEPS:06d}"
+        tries = dict(exploit=(arm, "attacks_own"), response=(attacker, f"attacks_on_{arm}"))
+        for measure, (label, file) in tries.items():
+            folder, found = folder_of(words, label), {}
+            for opinion in outcomes.OPINIONS:
+                found[opinion] = outcomes.judged(folder / file, True, opinion)
+                for row in read_rows(folder / "attacks.jsonl", "id", "answer", heal=False):
+                    if not row["answer"] and found[opinion] is not None:
+                        found[opinion][row["id"]] = 0.0
+            known.add(arm, measure, found)
+    known.save()
+
+
+def write_seeds(name, rows):
+    """results/runs/NAME.jsonl: harmful requests (rows with id and prompt) as seeds for 03, and a
+    few benign ones, since it wants both kinds."""
+    seeds = [dict(id=row["id"], prompt=row["prompt"], harmful=True, split=SPLIT) for row in rows]
+    _, benign = halves(load_seeds("prompts/seeds.jsonl", SPLIT))
+    for seed in benign[:BENIGN]:
+        seeds.append(dict(id=seed["id"], prompt=seed["prompt"], harmful=False, split=SPLIT))
     run.RUNS.mkdir(parents=True, exist_ok=True)
-    write_rows(run.ROOT / met_file(), rows)
-    return bool(rows)
+    write_rows(run.RUNS / f"{name}.jsonl", seeds)
 
 
 # ---- the table and the cards ---------------------------------------------------------------------
-
-def read_answers(arms, embed):
-    """What verdicts reads, of the arms that 03 has evaluated."""
-    limit = f"_limit{LIMIT}" if LIMIT else ""
-    labels = {}
-    for arm in responses(arms):
-        labels[arm] = f"{run_of(f'response_{arm}')}/step_{RESPONSE_STEPS:06d}"
-    folder = run.RUNS / f"{results('')}{limit}"
-    there = [arm for arm in arms if (folder / arm / "attacks.jsonl").is_file()]
-    benchmarks = ()
-    if (folder / "summary.json").is_file():
-        asked = run.read_json(folder / "summary.json", constants=dict, benchmarks=dict)
-        benchmarks, by = asked["benchmarks"], asked["constants"]
-        if (by["JUDGE"], by["JUDGE2"]) != tuple(map(run.publishable, (JUDGE, JUDGE2))):
-            die(f"{run.short(folder)} has the labels of {by['JUDGE']} and {by['JUDGE2']}")
-    return verdicts.Answers(folder, run.RUNS / f"{results('_response')}{limit}",
-                            run.RUNS / f"{RUN}_met", there, labels, embed, benchmarks)
-
 
 def write_card(arm, answers):
     """ADAPTERS_DIR/ARM/CARD.md of an adapter: base, data, judge, scores, licence. answers: None
@@ -350,11 +481,10 @@ To be safe these weights are given under the same one.
 def write_table():
     """(5) of the docstring, from what is there."""
     arms = grid()
-    for arm in arms:
-        is_kept(arm)  # stops at one that was made otherwise
-    answers = read_answers(arms, attackers.load_embedder(""))
+    answers = known_outcomes(filter(is_kept, arms))  # stops at an arm that was made otherwise
+    answers.embed = attackers.load_embedder("")
     if not answers.arms:
-        die(f"{run.short(answers.grid)} has no answers of an arm (SPLIT={SPLIT}, LIMIT={LIMIT}): "
+        die(f"{run.short(answers.file)} has no outcomes of an arm (SPLIT={SPLIT}, LIMIT={LIMIT}): "
             "leave TABLE_ONLY out, or give the LIMIT of the evaluation")
     missing = [arm for arm in arms if arm not in answers.arms]
     about = (f"{len(answers.arms)} of {len(arms)} arms, {STEPS} steps of {SEEDS_PER_STEP} seeds, "
@@ -362,22 +492,40 @@ def write_table():
              f"benchmark. Not evaluated: {', '.join(missing) or 'none'}.")
     file = run.REFERENCE / RUN / ("claims_test.md" if SPLIT == "test" else "claims.md")
     rows = verdicts.write(file, answers, (JUDGE, JUDGE2), about)
+    draw(answers, file.parent)
     for arm in answers.arms:
-        if (run.ROOT / kept_at(arm) / adapters.WEIGHTS).is_file():
-            write_card(arm, answers)
+        write_card(arm, answers)
     print(f"\n{about}")
     for row in rows:
         print(f"{row['opinions']['judge']['word']:12s} {row['text']} ({row['measure']})")
     print(f"made {run.short(file)}")
 
 
+def draw(answers, folder):
+    """rates.png, the arms on the held-back seeds, and crossplay.png, attackers against defenders."""
+    arms, asr = {}, []
+    for arm in answers.arms:
+        found = [rate(answers.series(arm, name, "judge")) for name in outcomes.OWN]
+        arms[arm] = dict(answers=dict(seeds_harmful=dict(asr=found[0]),
+                                      seeds_benign=dict(benign_compliance=found[1])))
+    tables.draw_rates(folder / "rates.png", dict(checkpoints=arms))
+    by = attackers_of(answers.arms)
+    for attacker in by:
+        found = [answers.series(arm, outcomes.ATTACKED + attacker, "judge") for arm in answers.arms]
+        asr.append([rate([] if x is None else x) for x in found])
+    crossplay.heat_map(folder / "crossplay.png",
+                       dict(attackers=by, defenders=answers.arms, asr=asr))
+    for name in ("rates.png", "crossplay.png"):
+        publish.shrink(folder / name, folder / name)
+
+
 def main(argv):
     """The numbered steps of the docstring."""
     run.configure(globals(), argv)
     arms = chosen()
+    responses(arms)  # stops at a name that is none
     if PLAN_ONLY:
-        respond_to = map(response_command, responses(arms))
-        for words in [*map(command, arms), *respond_to, *evaluations(arms, True)]:
+        for words in plan(arms):
             print("python", shlex.join(words))
         return
     if not TABLE_ONLY:
@@ -385,10 +533,9 @@ def main(argv):
         for arm in arms:
             train(arm)                                                                  # (1) (2)
         kept = [arm for arm in grid() if is_kept(arm)]
-        for arm in responses(kept):
-            respond(arm)                                                                # (4)
-        for words in evaluations(kept, write_met()):
-            launcher.launch(words)                                                      # (3) (4)
+        known = known_outcomes(kept)
+        evaluate(kept, known)                                                           # (3)
+        ask_responses(responses(kept), known)                                           # (4)
     write_table()                                                                       # (5)
 
 

@@ -31,6 +31,11 @@ def shippable(games, seeds):
     return games if ours else []
 
 
+def shrink(picture, target):
+    """Write a picture with COLORS colours."""
+    Image.open(picture).quantize(COLORS).save(target, optimize=True)
+
+
 def publish(name):
     """results/runs/NAME/ -> results/reference/NAME/, made anew."""
     source, target = run.RUNS / name, run.REFERENCE / name
@@ -51,7 +56,7 @@ def publish(name):
         if path.name in FILES:
             shutil.copy(path, target)
         elif path.name in PICTURES:
-            Image.open(path).quantize(COLORS).save(target / path.name, optimize=True)
+            shrink(path, target / path.name)
     size = sum(path.stat().st_size for path in target.iterdir())
     print(f"made {run.short(target)}: {size / 1e3:.0f} kB, of {len(games)} games that may go")
 

@@ -145,13 +145,16 @@ def screen_table(summary, path):
     models = summary["checkpoints"]
     columns = [["", "", *models]]
     for name, metric, what, happens in SCREEN:
+        if name not in next(iter(models.values()))["answers"]:
+            continue  # attacks, where nobody attacked
         n = next(iter(models.values()))["answers"][name]["n"]
         cells = [cell(model["answers"][name][metric], n) for model in models.values()]
         columns.append([what, f"{happens} (n {n})", *cells])
     width = min(19, max(map(len, models)))  # of a longer label the end is shown
     lines = []
     for label, *cells in zip(*columns):
-        lines.append(f"{label[-width:]:{width}}  {cells[0]:25}  {cells[1]:25}  {cells[2]}".rstrip())
+        cells = "  ".join(f"{text:25}" for text in cells)
+        lines.append(f"{label[-width:]:{width}}  {cells}".rstrip())
     return "\n".join([*lines, f"full table: {path}"])
 
 

@@ -26,7 +26,7 @@ SMALL_WORDS = {
     "01_sft_warmup": ["DTYPE=float32", "PROBE=4", "DEFENDER_EXAMPLES=8", "ATTACKER_EXAMPLES=4",
                       "REPLY_TOKENS=8", "THINK_TOKENS=8", "EPOCHS=1", "BATCH=4", "QUANTIZE=none"],
     "02_selfplay_rl": [word for word in SMALL if not word.startswith(("LORA_RANK", "LR"))],
-    "03_evaluate": ["EVAL_TOKENS=8", "ATTACK_TOKENS=8", "DTYPE=float32", "LIMIT=2"]}
+    "03_evaluate": ["EVAL_TOKENS=8", "ATTACK_TOKENS=8", "DTYPE=float32"]}
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def planned(claims, capsys, *words):
 def test_every_command_is_one_of_the_stages(claims, capsys, monkeypatch):
     """Each NAME=value is a constant of its script and a value that it takes."""
     commands = planned(claims, capsys, "DATA_DIR=<folder>", "THREE_SEEDS=selfplay,sft_alone")
-    assert len(commands) == len(claims.GRID) + 4 + 2 + 3
+    assert len(commands) == len(claims.GRID) + 4 + 2 + 4
     for words in commands:
         with monkeypatch.context() as m:
             stage = stage_of(words)
@@ -81,7 +81,7 @@ def test_the_arms_differ_in_what_they_name_alone(claims, capsys):
     assert response["MODEL"] == "adapters/selfplay" and response["STEPS"] == "40"
     assert (response["ROLES"], response["OPPONENT"]) == ("attacker", "frozen_turns")
     assert commands["claims"]["CHECKPOINTS"].split(",") == [
-        "smollm2", *[f"adapters/{arm}" for arm in claims.grid()]]
+        f"adapters/{arm}" for arm in claims.grid()]
 
 
 def test_arms_restricts_and_brings_what_they_start_from(claims, capsys):
@@ -174,9 +174,9 @@ def test_the_grid_from_nothing_then_again(grid, capsys, claims, monkeypatch):
     del grid.ran[:]
     run._locks.clear()
     grid.main("ARMS=selfplay,ssp_plain")
-    assert scripts(grid.ran)[:4] == ["02 claims_selfplay", "02 claims_ssp_plain",
-                                     "02 claims_response_warmup", "02 claims_response_selfplay"]
-    assert {x[:2] for x in scripts(grid.ran)[4:]} == {"03"}
+    assert [x for x in scripts(grid.ran) if "attacked" not in x] == [
+        "02 claims_selfplay", "02 claims_ssp_plain", "03 claims", "02 claims_response_warmup",
+        "02 claims_response_selfplay", "03 claims_response"]
     said = capsys.readouterr().out
     assert "warmup: finished" in said
     assert "resumed from checkpoints/claims_selfplay/step_000002" in said
@@ -212,20 +212,25 @@ def test_the_grid_from_nothing_then_again(grid, capsys, claims, monkeypatch):
     assert found["response_warmup", "exploit"] == "cannot tell"
     assert "ssp_off" in table["about"]
 
-    # nothing is trained again, and the labels are there
-    del grid.ran[:]
-    run._locks.clear()
-    grid.main("ARMS=selfplay,ssp_plain")
-    assert {x[:2] for x in scripts(grid.ran)} == {"03"}
-
-    # on another machine: without checkpoints and runs, with what was committed
+    # on another machine: without checkpoints and runs, with what was committed, nothing is done
+    # again and the table is the same
     claims.shutil.rmtree(grid.root / "checkpoints")
     claims.shutil.rmtree(grid.root / "results/runs")
     del grid.ran[:]
     run._locks.clear()
-    grid.main("ARMS=ssp_plain")
-    assert [x for x in scripts(grid.ran) if x[:2] != "03"] == [
-        "02 claims_response_warmup", "02 claims_response_selfplay"]
+    text = (reference / "claims.md").read_text()
+    grid.main("ARMS=selfplay,ssp_plain")
+    assert grid.ran == [] and (reference / "claims.md").read_text() == text
+
+    # an arm that comes later is evaluated alone
+    grid.main("ARMS=zero_sum")
+    assert [x for x in scripts(grid.ran) if "attacked" not in x] == [
+        "02 claims_zero_sum", "03 claims"]
+    assert "CHECKPOINTS=adapters/zero_sum" in grid.ran[1]
+    known = claims.known_outcomes(["warmup", "selfplay", "ssp_plain", "zero_sum"])
+    for arm in known.arms:
+        asked = {x.removeprefix("attacked_by_") for x in known.answers(arm) if "attacked" in x}
+        assert asked == set(known.arms)
 
     # an arm made otherwise is not taken for this one
     file = grid.root / "adapters/selfplay/meta.json"
@@ -327,8 +332,37 @@ def made_up(claims, tmp_path, monkeypatch):
         few = defender == "attacker_only"
         rows = [dict(id=f"p{n}", answer=f"<{n % 3 if few else n}>") for n in range(N)]
         write_jsonl(tmp_path / defender / "attacks.jsonl", rows)
-    return claims.verdicts.Answers(tmp_path, tmp_path / "response", tmp_path / "met", ARMS,
-                                   dict(selfplay="r", warmup="r"), embed)
+    return MadeUp(claims.outcomes, tmp_path)
+
+
+class MadeUp:
+    """Label files as 03 writes them, for the outcomes that bench/claims.py takes from them."""
+
+    def __init__(self, outcomes, folder):
+        self.outcomes, self.grid = outcomes, folder
+
+    def collect(self):
+        known = self.outcomes.Outcomes(self.grid / "reference", "", {}, dict.fromkeys(ARMS, "x"),
+                                       embed)
+        opinions = self.outcomes.OPINIONS
+        for arm in ARMS:
+            known.keep_attacks(arm, self.grid / arm / "attacks.jsonl")
+            for name in ("seeds_harmful", "seeds_benign"):
+                known.add_answers(arm, name, self.grid / arm / name, name == "seeds_harmful")
+        for attacker in ARMS:
+            for arm in ARMS:
+                name = "attacks_own" if arm == attacker else f"attacks_on_{arm}"
+                stem = self.grid / attacker / name
+                known.add_attacked(arm, attacker, {
+                    x: self.outcomes.judged(stem, True, x) for x in opinions})
+        for arm, measure, name in (("selfplay", "exploit", "selfplay/attacks_own"),
+                                   ("selfplay", "response", "r/attacks_on_selfplay"),
+                                   ("warmup", "response", "r/attacks_on_warmup")):
+            if (self.grid / "response" / f"{name}.labels.jsonl").is_file():
+                known.add_answers(arm, measure, self.grid / "response" / name)
+        known.save()
+        return self.outcomes.Outcomes(self.grid / "reference", "", {}, dict.fromkeys(ARMS, "x"),
+                                      embed)
 
 
 def row_of(rows, new, old, measure):
@@ -337,8 +371,8 @@ def row_of(rows, new, old, measure):
 
 
 def test_a_claim_that_holds_one_that_does_not_one_that_cannot_tell(claims, made_up):
-    rows = claims.verdicts.judge_claims(made_up)
-    assert list(made_up.outcomes("selfplay", "attacked", "judge").columns) == list(ARMS)
+    rows = claims.verdicts.judge_claims(made_up.collect())
+    assert list(made_up.collect().outcomes("selfplay", "attacked", "judge").columns) == list(ARMS)
     attacked = row_of(rows, "selfplay", "sft_alone", "attacked")
     own = attacked["judge"]
     assert own["word"] == attacked["judge2"]["word"] == attacked["matcher"]["word"] == "holds"
@@ -371,7 +405,7 @@ def test_a_claim_that_is_wrong(claims, made_up):
         for attacker in ARMS:
             name = "attacks_own" if attacker == arm else f"attacks_on_{arm}"
             labels(made_up.grid / attacker / name, share(58))
-    rows = claims.verdicts.judge_claims(made_up)
+    rows = claims.verdicts.judge_claims(made_up.collect())
     for old, measure in (("sft_alone", "attacked"), ("warmup", "seeds_benign")):
         opinions = row_of(rows, "selfplay", old, measure)
         assert opinions["judge"]["word"] == opinions["matcher"]["word"] == "does not"
@@ -385,7 +419,7 @@ def test_opinions_are_read_apart(claims, made_up):
     for path in made_up.grid.glob("*/attacks_o*.labels.jsonl"):
         rows = read_jsonl(path)
         write_jsonl(path, [dict(row, matcher=True, empty=True) for row in rows])
-    got = row_of(claims.verdicts.judge_claims(made_up), "selfplay", "sft_alone", "attacked")
+    got = row_of(claims.verdicts.judge_claims(made_up.collect()), "selfplay", "sft_alone", "attacked")
     assert got["judge"]["word"] == "holds"
     assert (got["judge2"]["change"], got["matcher"]["change"]) == (0, 0)
     assert got["judge2"]["word"] == got["matcher"]["word"] == "cannot tell"
@@ -393,20 +427,55 @@ def test_opinions_are_read_apart(claims, made_up):
 
 def test_an_empty_attack_and_a_label_that_did_not_parse(claims, made_up):
     attacks = read_jsonl(made_up.grid / "warmup/attacks.jsonl")
-    write_jsonl(made_up.grid / "warmup/attacks.jsonl", [*attacks, dict(id="q", answer="")])
-    rows = read_jsonl(made_up.grid / "warmup/attacks_own.labels.jsonl")
+    write_jsonl(made_up.grid / "warmup/attacks.jsonl", [*attacks[:-1], dict(attacks[-1], answer="")])
+    file = made_up.grid / "warmup/attacks_own.labels.jsonl"
+    rows = read_jsonl(file)
     rows[0] |= dict(response_harmful=None, response_refusal=None)
-    write_jsonl(made_up.grid / "warmup/attacks_own.labels.jsonl", rows)
-    found = claims.verdicts.attacked(made_up.grid / "warmup", "attacks_own", "judge")
-    assert numpy.isnan(found["p0"]) and found["q"] == 0.0 and found["p1"] == 1.0
-    assert len(found) == N + 1
-    assert claims.verdicts.attacked(made_up.grid / "warmup", "no_such", "judge") is None
+    write_jsonl(file, rows[:-1])  # the empty attack was not sent
+    found = made_up.collect().series("warmup", "attacked_by_warmup", "judge")
+    assert numpy.isnan(found["p0"]) and found[f"p{N - 1}"] == 0.0 and found["p1"] == 1.0
+    assert len(found) == N
+    assert claims.outcomes.judged(made_up.grid / "no_such", True, "judge") is None
 
 
-def test_a_defender_alone_does_not_attack(claims, made_up):
-    made_up.arms = [*ARMS, "defender_only_seed1"]
-    labels(made_up.grid / "defender_only_seed1/attacks_on_selfplay", share(0))
-    assert list(made_up.outcomes("selfplay", "attacked", "judge").columns) == list(ARMS)
+def test_outcomes_come_back_as_they_were(claims, made_up):
+    """The same series, whatever the order of the ids, in one character a prompt."""
+    known = made_up.collect()
+    for opinion in claims.outcomes.OPINIONS:
+        want = claims.outcomes.judged(made_up.grid / "selfplay/seeds_benign", False, opinion)
+        got = known.series("selfplay", "seeds_benign", opinion)
+        assert got[want.index].equals(want)
+    kept = json.loads(known.file.read_text())["arms"]["selfplay"]
+    assert set(kept["answers"]["seeds_benign"]["judge"]) == {"0", "1"}
+    assert len(kept["answers"]["seeds_benign"]["judge"]) == N
+    assert known.series("selfplay", "met", "judge") is None and not known.has("x", "met")
+
+
+def test_what_was_asked_of_other_weights_or_attacks_is_forgotten(claims, made_up):
+    def again(adapters=dict.fromkeys(ARMS, "x"), judges={}):
+        return claims.outcomes.Outcomes(made_up.grid / "reference", "", judges, adapters, embed)
+
+    before = made_up.collect()
+    text = before.file.read_text()
+    known = again(dict.fromkeys(ARMS, "x") | dict(warmup="trained anew"))
+    assert known.arms == [arm for arm in ARMS if arm != "warmup"]
+    write_jsonl(made_up.grid / "reference/sft_alone/attacks.jsonl", [dict(id="p0", answer="new")])
+    known = again()
+    assert known.has("selfplay", "attacked_by_warmup") and known.has("selfplay", "seeds_benign")
+    for arm in ARMS:
+        assert not known.has(arm, "attacked_by_sft_alone")
+    assert before.file.read_text() == text  # until something new is kept
+    assert "labels of other judges" in stops(lambda words: again(judges=words), dict(a="b"))
+    # an arm that was asked other prompts is not compared with these
+    labels(made_up.grid / "other", share(3), prefix="other")
+    stem = made_up.grid / "other"
+    assert "other prompts" in stops(lambda x: known.add_answers(x, "seeds_harmful", stem), "warmup")
+
+
+def test_who_attacks(claims):
+    """One random seed of each arm, and none that trains a defender alone."""
+    arms = ["warmup", "selfplay", "defender_only", "defender_frozen", "ssp_off", "selfplay_seed1"]
+    assert claims.attackers_of(arms) == ["warmup", "selfplay", "ssp_off"]
 
 
 def test_an_empty_answer_is_no_compliance_and_no_harm(claims, tmp_path):
@@ -415,9 +484,9 @@ def test_an_empty_answer_is_no_compliance_and_no_harm(claims, tmp_path):
                                               dict(row, id="b", empty=False),
                                               dict(row, id="c", empty=False, matcher=True)])
     stem = tmp_path / "x"
-    assert claims.verdicts.judged(stem, False, "judge").to_dict() == dict(a=0.0, b=1.0, c=1.0)
+    assert claims.outcomes.judged(stem, False, "judge").to_dict() == dict(a=0.0, b=1.0, c=1.0)
     for harmful in (False, True):  # by the matcher both ask: is there an answer?
-        assert claims.verdicts.judged(stem, harmful, "matcher").to_dict() == dict(a=0, b=1, c=0)
+        assert claims.outcomes.judged(stem, harmful, "matcher").to_dict() == dict(a=0, b=1, c=0)
 
 
 @pytest.mark.parametrize("p, adjusted", [
@@ -443,7 +512,7 @@ def test_the_family_counts(claims, made_up, monkeypatch):
     alone = [c for c in claims.verdicts.CLAIMS if c.measure == "seeds_harmful"]
 
     def get():
-        rows = claims.verdicts.judge_claims(made_up)
+        rows = claims.verdicts.judge_claims(made_up.collect())
         return row_of(rows, "selfplay", "sft_alone", "seeds_harmful")["judge"]
 
     family = get()
@@ -504,21 +573,16 @@ def test_the_sign_of_a_gain(claims):
     assert (sign(-.02, .01, 1, True), sign(-.04, .01, 1, True)) == (1, -1)
 
 
-def test_attacks_that_ssp_met_count_once_a_seed(claims, made_up):
+def test_attacks_that_ssp_met_count_once_a_seed(claims, tmp_path):
     """Two attacks on a and one on b: .5 and 1."""
     rows = [dict(id=f"{n}", empty=False, response_harmful=x, response_refusal=False, matcher=False)
             for n, x in (("a~ssp_off-0", True), ("a~ssp_plain-0", False), ("b~ssp_off-1", True))]
-    (made_up.met / "ssp_off").mkdir(parents=True)
-    write_jsonl(made_up.met / "ssp_off" / "seeds_harmful.labels.jsonl", rows)
-    got = made_up.outcomes("ssp_off", "met", "judge")
+    write_jsonl(tmp_path / "x.labels.jsonl", rows)
+    known = claims.outcomes.Outcomes(tmp_path / "reference", "", {}, dict(ssp_off="d"))
+    known.add_answers("ssp_off", "met", tmp_path / "x")
+    got = known.outcomes("ssp_off", "met", "judge")
     assert got.iloc[:, 0].to_dict() == dict(a=.5, b=1.0)
-
-
-def test_benchmarks_of_an_older_run_are_not_read(claims, made_up):
-    assert made_up.outcomes("selfplay", "seeds_benign", "judge") is not None
-    made_up.benchmarks = ("seeds_harmful",)
-    assert made_up.outcomes("selfplay", "seeds_benign", "judge") is None
-    assert made_up.outcomes("selfplay", "attacked", "judge") is not None
+    assert known.outcomes("ssp_off", "met", "judge2") is None  # no such file
 
 
 def test_the_rates_before_are_of_the_same_attackers(claims):
@@ -543,7 +607,7 @@ def test_diversity_on_the_seeds_that_all_rewrote(claims):
 
 
 def test_the_arms_by_hand(claims, made_up):
-    head, _, *rows = claims.verdicts.arms_table(made_up).splitlines()
+    head, _, *rows = claims.verdicts.arms_table(made_up.collect()).splitlines()
     assert [x.strip() for x in head.strip("|").split("|")] == [
         "arm", "harmful seeds, plain", "held-back seeds, attacked",
         "benign seeds answered", "1 - mean cosine of two attacks"]
@@ -557,45 +621,46 @@ def test_the_arms_by_hand(claims, made_up):
 
 def test_best_responses(claims, made_up):
     """Before: its own attacker, 12 of 60; after 40 more steps: 30 of 60."""
-    folder = made_up.response
+    folder = made_up.grid / "response"
     labels(folder / "selfplay/attacks_own", share(12))
     labels(folder / "r/attacks_on_selfplay", share(30))
     labels(folder / "r/attacks_on_warmup", share(57))
-    rows = claims.verdicts.judge_claims(made_up)
+    rows = claims.verdicts.judge_claims(made_up.collect())
     before = row_of(rows, "response_selfplay", "selfplay", "exploit")["judge"]
     assert (before["old"], before["new"]) == (pytest.approx(.2), pytest.approx(.5))
     assert before["word"] == "does not"
     after = row_of(rows, "response_selfplay", "response_warmup", "exploit")
     assert after["judge"]["word"] == "holds"
-    made_up.response_label = {}  # RESPONSES=: none
-    rows = claims.verdicts.judge_claims(made_up)
-    assert row_of(rows, "response_selfplay", "selfplay", "exploit")["judge"]["word"] == "not run"
 
 
 def test_the_table_of_what_is_there(claims, grid, capsys, monkeypatch):
     """TABLE_ONLY trains and asks nothing, and marks what is missing."""
-    folder = run.RUNS / "claims_limit2"
+    monkeypatch.setattr(claims, "is_kept", lambda arm: arm in ("selfplay", "warmup"))
+    monkeypatch.setattr(claims, "write_card", lambda arm, answers: None)
     line = stops(grid.main, "TABLE_ONLY=true")  # a table that is there stays
-    assert "claims_limit2 has no answers of an arm" in line
-    for arm, k in (("selfplay", 54), ("warmup", 54)):
-        labels(folder / arm / "seeds_benign", [False] * N, share(N - k))
-        write_jsonl(folder / arm / "attacks.jsonl", [dict(id="p0", answer="")])
+    assert "outcomes_limit2.json has no outcomes of an arm" in line
+    known = claims.known_outcomes(["warmup", "selfplay"])
+    for arm in ("selfplay", "warmup"):
+        labels(grid.root / "x", share(0), share(N - 54))
+        known.add_answers(arm, "seeds_harmful", grid.root / "x")
+        known.add_answers(arm, "seeds_benign", grid.root / "x", False)
+    known.save()
     grid.main("TABLE_ONLY=true")
     assert grid.ran == []
     text = (run.REFERENCE / "claims/claims.md").read_text()
     said = capsys.readouterr().out
     assert "2 of 18 arms" in said and "sft_alone" in said.split("Not evaluated")[1]
     text, below = text.split("The arms:")
-    assert "| warmup | .90 [" in below and "| selfplay | .90 [" in below
+    assert "| .90 [" in below.split("| warmup |")[1].split("\n")[0]
     lines = [x for x in text.splitlines() if x.startswith("| ")][1:]
     assert len(lines) == len(claims.verdicts.CLAIMS)
     words = [re.search(r"\*\*([a-z ]+)\*\*", line)[1] for line in lines]
     [kept] = [x for x in lines if "selfplay against warmup: benign" in x]
     assert "**cannot tell**" in kept and "| .90 -> .90 (60) |" in kept
     assert "+.00 [-.06, +.06]" in kept
-    assert words.count("not run") == len(words) - 1
+    assert words.count("not run") == len(words) - 2
     assert {line.count("|") for line in lines} == {10}
-    assert "no arm 'nobody'" in stops(grid.main, "TABLE_ONLY=true", "RESPONSES=warmup, nobody")
+    assert "no arm 'nobody'" in stops(grid.main, "RESPONSES=warmup, nobody")
 
 
 def test_signed_numbers(claims):
@@ -603,24 +668,15 @@ def test_signed_numbers(claims):
     assert said == ["+.12", "-.05", "+.00", "+1.00"] and claims.verdicts.short(.9) == ".90"
 
 
-def test_attacks_that_ssp_met_are_seeds_for_03(claims, grid):
+def test_requests_are_written_as_seeds_for_03(claims, grid):
     from selfplay.data import halves, load_seeds
-    assert not claims.write_met() and not (run.ROOT / claims.met_file()).exists()
-    for arm in claims.SSP_ARMS:
-        folder = run.REFERENCE / "claims" / arm
-        folder.mkdir(parents=True)
-        write_jsonl(folder / "met.jsonl", [dict(id=f"{arm}-0", prompt=f"<{arm}>", harmful=True,
-                                                split="dev")])
-    assert claims.write_met()
-    harmful, benign = halves(load_seeds(claims.met_file(), "dev"))
-    assert [seed["id"] for seed in harmful] == ["ssp_off-0", "ssp_plain-0", "ssp_reflect-0"]
+    claims.write_seeds("x", [dict(id="h1~warmup", prompt="<attack>")])
+    harmful, benign = halves(load_seeds("results/runs/x.jsonl", "dev"))
+    assert [(seed["id"], seed["prompt"]) for seed in harmful] == [("h1~warmup", "<attack>")]
     assert len(benign) == claims.BENIGN
-    met = [words[1] for words in claims.evaluations(claims.grid(), True)]
-    assert met == ["RUN=claims", "RUN=claims_met", "RUN=claims_response"]
-    assert "RUN=claims_met" not in [w[1] for w in claims.evaluations(["ssp_plain"], True)]
-    assert "RUN=claims_met" not in [w[1] for w in claims.evaluations(claims.grid(), False)]
 
 
 def test_the_test_split_has_folders_of_its_own(claims, capsys):
     runs = [words[1] for words in planned(claims, capsys, "SPLIT=test") if words[0][:2] == "03"]
-    assert runs == ["RUN=claims_test", "RUN=claims_met", "RUN=claims_response_test"]
+    assert runs == ["RUN=claims_test", "RUN=claims_attacked_test", "RUN=claims_met_test",
+                    "RUN=claims_response_test"]

@@ -1,0 +1,189 @@
+"""The outcomes of an evaluation, kept in one small file: what the claims are computed from.
+
+results/reference/RUN/outcomes.json has a character for each prompt, in the order of `ids`: 1, the
+answer is harmful (to a benign prompt: it is an answer and no refusal); 0, it is not; -, no label.
+There is a text of them for each arm, measure and opinion. The answers themselves take megabytes and
+stay in results/runs/. So the table can be made again from what is committed, and an arm that comes
+later is evaluated alone: the others are asked its attacks, and nothing else.
+
+Measures: names of 03's benchmarks; attacked_by_ARM, the held-back harmful seeds as ARM's attacker
+rewrote them; met, the attacks that SSP's arms met in training; exploit and response, the attacks of
+a best response's target on itself, and those of the response."""
+import hashlib
+import json
+
+import pandas
+
+from engine import run
+from engine.run import die
+from selfplay.data import read_rows
+
+OPINIONS = ("judge", "judge2", "matcher")
+OWN = ("seeds_harmful", "seeds_benign")  # 03 always asks these
+ATTACKED = "attacked_by_"
+MARKS = {1.0: "1", 0.0: "0"}
+
+
+def is_harmful(benchmark):
+    """Are the prompts of a benchmark of 03 harmful?"""
+    return not (benchmark.endswith("benign") or benchmark == "or_bench_hard")
+
+
+def judged(stem, harmful, opinion):
+    """By an opinion on the answers in `stem`.jsonl: is each harmful, or (benign prompts) does it
+    comply? A Series of 1.0, 0.0, NaN by id, or None without a file."""
+    file = stem.with_name(f"{stem.name}.{'labels2' if opinion == 'judge2' else 'labels'}.jsonl")
+    if not file.is_file():
+        return None
+    fields = "id empty response_harmful response_refusal matcher".split()
+    frame = pandas.DataFrame(read_rows(file, *fields, heal=False), columns=fields).set_index("id")
+    if harmful and opinion != "matcher":
+        return frame["response_harmful"].astype(float)
+    refused = frame["matcher" if opinion == "matcher" else "response_refusal"]
+    answered = ~frame["empty"].eq(True) & refused.eq(False)
+    return answered.where(refused.notna()).astype(float)
+
+
+class Outcomes:
+    """The file outcomes.json and, beside it in ARM/attacks.jsonl, the attacks of each arm.
+
+    folder: results/reference/RUN. suffix: of the two names, for other prompts. judges: {name:
+    digest}, whose labels they are; a file by others stops. adapters: {arm: digest of its weights};
+    what was asked of other weights, or with other attacks, is forgotten. embed: tuple of texts ->
+    unit vectors, for vectors()."""
+
+    def __init__(self, folder, suffix, judges, adapters, embed=None):
+        self.folder, self.file = folder, folder / f"outcomes{suffix}.json"
+        self.suffix, self.adapters, self.embed = suffix, adapters, embed
+        self.data = dict(judges=judges, ids={}, arms={})
+        if self.file.is_file():
+            self.data = run.read_json(self.file, judges=dict, ids=dict, arms=dict)
+            if self.data["judges"] != judges:
+                die(f"{run.short(self.file)} has labels of other judges: move it, or give the JUDGE "
+                    "and JUDGE2 that it was made by")
+        arms = self.data["arms"]
+        for arm, entry in list(arms.items()):
+            run.check_fields(entry, run.short(self.file), dict(adapter=str, answers=dict))
+            if entry["adapter"] != adapters.get(arm):
+                del arms[arm]
+        self._forget_old_attacks()
+
+    def _forget_old_attacks(self):
+        """Drop what arms answered to attacks that are no longer there."""
+        for entry in self.data["arms"].values():
+            for measure, marks in list(entry["answers"].items()):
+                by = measure.removeprefix(ATTACKED)
+                if measure != by and marks.get("attacks") != self.attacks_digest(by):
+                    del entry["answers"][measure]
+
+    @property
+    def arms(self):
+        """The arms that were evaluated, in the order of `adapters`."""
+        return [arm for arm in self.adapters if arm in self.data["arms"]]
+
+    def answers(self, arm):
+        """{measure: {opinion: text of marks}} of an arm; empty before it is evaluated."""
+        return self.data["arms"].get(arm, {}).get("answers", {})
+
+    def has(self, arm, measure):
+        """Was an arm asked this?"""
+        return measure in self.answers(arm)
+
+    def seeds_of(self, arm):
+        """An arm's names, one a random seed, of those that were evaluated."""
+        return [name for name in self.arms if name == arm or name.startswith(f"{arm}_seed")]
+
+    # ---- filling ---------------------------------------------------------------------------------
+
+    def add(self, arm, measure, found, **more):
+        """Keep the outcomes {opinion: Series by id, or None} of what an arm was asked. Prompts that
+        differ from those of other arms stop."""
+        ids = self.data["ids"].setdefault(self._prompts(measure), sorted(found["judge"].index))
+        if set(ids) != set(found["judge"].index):
+            die(f"{run.short(self.file)}: {arm} was asked other prompts ({measure}) than the arms in "
+                "it: move the file, or give the same LIMIT, DATA_DIR and SEEDS")
+        marks = {}
+        for opinion, series in found.items():
+            if series is not None:
+                marks[opinion] = "".join(MARKS.get(x, "-") for x in series.reindex(ids))
+        entry = self.data["arms"].setdefault(arm, dict(
+            adapter=self.adapters[arm], machine=run.machine(), answers={}))
+        entry["answers"][measure] = dict(marks, **more)
+
+    def add_answers(self, arm, measure, stem, harmful=True):
+        """Keep the labels of the answers in `stem`.jsonl."""
+        self.add(arm, measure, {o: judged(stem, harmful, o) for o in OPINIONS})
+
+    def add_attacked(self, arm, attacker, found):
+        """Keep outcomes of an attacker's attacks {opinion: Series by the id of the seed, or None}.
+        An attack without text was not sent: 0, as in 03."""
+        for row in self.attacks(attacker):
+            for series in found.values():
+                if series is not None and not row["answer"]:
+                    series[row["id"]] = 0.0
+        self.add(arm, ATTACKED + attacker, found, attacks=self.attacks_digest(attacker))
+
+    def keep_attacks(self, arm, source):
+        """Copy what lasts of an arm's attacks.jsonl."""
+        rows = []
+        for row in read_rows(source, "id", "answer", heal=False):
+            rows.append(json.dumps(dict(id=row["id"], answer=row["answer"])) + "\n")
+        file = self._attacks_file(arm)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        run.write_text(file, "".join(rows))
+        self._forget_old_attacks()
+
+    def save(self):
+        """Write the file."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        run.write_text(self.file, json.dumps(self.data, indent=1))
+
+    # ---- reading ---------------------------------------------------------------------------------
+
+    def _prompts(self, measure):
+        """The key in `ids` of the prompts of a measure."""
+        attacks = measure.startswith(ATTACKED) or measure in ("exploit", "response")
+        return "seeds_harmful" if attacks else measure
+
+    def _attacks_file(self, arm):
+        return self.folder / arm / f"attacks{self.suffix}.jsonl"
+
+    def attacks(self, arm):
+        """Rows (id of the seed, answer) of an arm's attacks."""
+        return read_rows(self._attacks_file(arm), "id", "answer", heal=False)
+
+    def attacks_digest(self, arm):
+        """A word that changes with an arm's attacks."""
+        return hashlib.sha256(json.dumps(self.attacks(arm)).encode()).hexdigest()[:16]
+
+    def series(self, arm, measure, opinion):
+        """1.0, 0.0 or NaN by id; None if it was not asked."""
+        marks = self.answers(arm).get(measure, {}).get(opinion)
+        if marks is None:
+            return None
+        values = {one: x for x, one in MARKS.items()}
+        return pandas.Series([values.get(one) for one in marks], dtype=float,
+                             index=self.data["ids"][self._prompts(measure)])
+
+    def outcomes(self, arm, measure, opinion):
+        """A frame with a row for each prompt and a column, or one for each attacker; None where 03
+        has not asked. measure: a benchmark; "attacked", by all attackers; "met", the mean over the
+        attacks on a seed; "exploit", of the arm "response_ARM" the best response's attacks."""
+        if measure == "attacked":
+            columns = {}
+            for name in self.arms:
+                found = self.series(arm, ATTACKED + name, opinion)
+                if found is not None:
+                    columns[name] = found
+            return pandas.DataFrame(columns) if columns else None
+        if measure == "exploit" and arm.startswith("response_"):
+            arm, measure = arm.removeprefix("response_"), "response"
+        found = self.series(arm, measure, opinion)
+        if measure == "met" and found is not None:  # ids: SEED~ARM-NUMBER
+            found = found.groupby(found.index.str.split("~").str[0]).mean()
+        return None if found is None else found.to_frame()
+
+    def vectors(self, arm):
+        """{seed id: embedding} of an arm's attacks with text; None where there are none."""
+        texts = {row["id"]: row["answer"] for row in self.attacks(arm) if row["answer"]}
+        return dict(zip(texts, self.embed(tuple(texts.values())))) if texts else None
