@@ -165,8 +165,8 @@ def signs(role, kind, labels):
 
 
 def ssp_reward(role, kind, labels, drifted):
-    """[SSP]: the defender gets 1 - lost, the attacker lost times p(the seed's label is kept) (ours).
-    An attack that has_drifted() gets -DRIFT_LOSS; its defender is judged by the reply's harm."""
+    """[SSP]: the defender gets 1 - lost, the attacker lost times p(the seed's label is kept), which
+    is ours. An attack that has_drifted() gets -DRIFT_LOSS; its defender is judged by the reply."""
     harmful, p = kind.endswith("harmful"), labels.p
     if drifted and role == "attacker":
         return -DRIFT_LOSS

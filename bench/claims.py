@@ -7,7 +7,8 @@
     python bench/claims.py TABLE_ONLY=true        the table from what is there
 
 1. Train: GRID below. All arms are adapters of one rank, with the same number of steps; arms with
-   one SEED draw the same seeds in the same order (attacker_only plays the attacked ones). 02 goes on by itself when it was cut.
+   one SEED draw the same seeds in the same order (attacker_only plays the attacked ones). 02 goes on
+   by itself when it was cut.
 2. Keep, after each arm: ADAPTERS_DIR/ARM (adapter in bfloat16, meta.json, a warm-up's SFT mix),
    results/reference/RUN/ARM (metrics.csv, 20 games, of SSP's arms the attacks that worked). An arm
    that is kept is finished: with these files the grid goes on on another machine.
@@ -166,7 +167,7 @@ def own_command(arms):
 def file_command(name, arms):
     """The words that ask arms the requests in results/runs/NAME.jsonl, a file of seeds."""
     return evaluation(name, map(kept_at, arms), f"SEEDS=results/runs/{name}.jsonl",
-                      "CROSSPLAY=none", "ATTACK=false")
+                      "ATTACK=false")
 
 
 def response_evaluation(arms):
@@ -502,7 +503,7 @@ def write_table():
 
 
 def draw(answers, folder):
-    """rates.png, the arms on the held-back seeds, and crossplay.png, attackers against defenders."""
+    """rates.png, the arms on the held-back seeds; crossplay.png, attackers against defenders."""
     arms, asr = {}, []
     for arm in answers.arms:
         found = [rate(answers.series(arm, name, "judge")) for name in outcomes.OWN]

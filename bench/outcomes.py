@@ -59,8 +59,8 @@ class Outcomes:
         if self.file.is_file():
             self.data = run.read_json(self.file, judges=dict, ids=dict, arms=dict)
             if self.data["judges"] != judges:
-                die(f"{run.short(self.file)} has labels of other judges: move it, or give the JUDGE "
-                    "and JUDGE2 that it was made by")
+                die(f"{run.short(self.file)} has labels of other judges: move it, or give the "
+                    "JUDGE and JUDGE2 that it was made by")
         arms = self.data["arms"]
         for arm, entry in list(arms.items()):
             run.check_fields(entry, run.short(self.file), dict(adapter=str, answers=dict))
@@ -100,8 +100,8 @@ class Outcomes:
         differ from those of other arms stop."""
         ids = self.data["ids"].setdefault(self._prompts(measure), sorted(found["judge"].index))
         if set(ids) != set(found["judge"].index):
-            die(f"{run.short(self.file)}: {arm} was asked other prompts ({measure}) than the arms in "
-                "it: move the file, or give the same LIMIT, DATA_DIR and SEEDS")
+            die(f"{run.short(self.file)}: {arm} was asked other prompts ({measure}) than the arms "
+                "in it: move the file, or give the same LIMIT and DATA_DIR")
         marks = {}
         for opinion, series in found.items():
             if series is not None:

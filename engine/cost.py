@@ -1,5 +1,5 @@
-"""What a run takes in time and on disk, by arithmetic: bytes over a card's bandwidth, floating-point
-operations over its rate. Nothing here is measured; bench/gpu.py prints it beside what it measures.
+"""What a run takes in time and on disk, by arithmetic: bytes over a card's bandwidth, operations
+over its rate. Nothing here is measured; bench/gpu.py prints it beside what it measures.
 
 A pass over n tokens takes 2 operations a weight and token, backwards 4 (2 where only an adapter
 learns, since its base needs no gradient), once more 2 under gradient checkpointing. Attention's own
@@ -10,7 +10,7 @@ from collections import namedtuple
 from engine.memory import GB, kv_bytes, weight_bytes
 from engine.optim import BYTES
 
-# Vendors' data sheets: memory in GB, bytes a second / 1e12, dense bfloat16 operations a second / 1e12
+# Vendors' data sheets: memory in GB, bandwidth in TB/s, rate in dense bfloat16 TFLOP/s
 Card = namedtuple("Card", "memory bandwidth rate")
 CARDS = {"RTX 3090": Card(24, 0.94, 71), "RTX 4090": Card(24, 1.01, 165),
          "RTX 5090": Card(32, 1.79, 209), "L4": Card(24, 0.30, 121), "A10": Card(24, 0.60, 125),
@@ -25,7 +25,7 @@ JUDGE_PROMPT = 250     # tokens of the judge's instructions around an exchange
 
 
 def find_card(name):
-    """The card of CARDS whose name is the longest in a device's name -> (its name, Card) or None."""
+    """The card of CARDS with the longest name in a device's name -> (its name, Card) or None."""
     best = ""
     for known in CARDS:
         if known in name and len(known) > len(best):
@@ -75,6 +75,6 @@ def describe(name, card, phases, steps, disk):
     each = sum(phases.values())
     words = ", ".join(f"{phase} {s:.0f}" for phase, s in phases.items())
     return (f"time: {each:.1f} s a step on {name} ({words}), {steps} steps "
-            f"{each * steps / 3600:.1f} hours, by arithmetic: {card.bandwidth} TB/s and {card.rate} "
-            f"TFLOP/s, {BANDWIDTH_USED} and {RATE_USED} used; turns {TURN_USED} of their longest\n"
-            f"disk: {disk / GB:.1f} GB of checkpoints")
+            f"{each * steps / 3600:.1f} hours, by arithmetic: {card.bandwidth} TB/s and "
+            f"{card.rate} TFLOP/s, {BANDWIDTH_USED} and {RATE_USED} used; turns {TURN_USED} of "
+            f"their longest\ndisk: {disk / GB:.1f} GB of checkpoints")

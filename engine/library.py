@@ -4,7 +4,6 @@ import torch
 from engine import parallel
 from engine.run import die
 
-
 BLOCK = 256  # positions of a page
 
 

@@ -96,8 +96,8 @@ def plan(model, judges, size, optimizer, turns, train_tokens, judge_tokens, eage
                  s.weights * size, "the same, frozen")
     if rank:
         frozen = Row("always", "adapters", (n + rank * s.ports) * size,
-                     f"{players + 1} of {rank * s.ports:,} weights x {size} bytes: those that learn "
-                     "and, at most, the reference's")
+                     f"{players + 1} of {rank * s.ports:,} weights x {size} bytes: those that "
+                     "learn and, at most, the reference's")
     rows = [Row("always", "policy", *weight_bytes(s, size, nf4)), frozen,
             Row("always", f"optimizer {optimizer}", n * kept, f"{n:,} weights x {kept} bytes")]
     for j, j_size, packed in judges:

@@ -119,7 +119,7 @@ class MasterAdamW(_Resumable):
         Several processes sum their gradients first."""
         gradients = [m.grad for m in self.master]
         self._sum(gradients)
-        norm = shards.norm_of(gradients, self.sharded)
+        norm = shards.over_all(torch.nn.utils.get_total_norm(gradients), self.sharded)
         torch.nn.utils.clip_grads_with_norm_(self.master, clip, norm)
         norm = float(norm)
         if self._is_finite(norm):

@@ -103,8 +103,3 @@ def over_all(norm, sharded):
     if not sharded:
         return norm
     return torch.tensor(math.sqrt(parallel.total(dict(x=float(norm) ** 2))["x"]))
-
-
-def norm_of(gradients, sharded):
-    """The norm of gradients; sharded: each process has a share of them."""
-    return over_all(torch.nn.utils.get_total_norm(gradients), sharded)

@@ -51,12 +51,13 @@ def describe_attacks(texts, seeds, embed):
     """Attacks with text, and all seeds (texts) -> the other figures of the docstring above.
     embed: a function tuple of texts -> unit vectors [n, D]."""
     out = dict(distinct_1=distinct(texts, 1), distinct_2=distinct(texts, 2),
-               seed_jaccard=mean_interval(nearest_jaccard(texts, seeds)), self_bleu=mean_interval(self_bleu(texts)))
+               seed_jaccard=mean_interval(nearest_jaccard(texts, seeds)),
+               self_bleu=mean_interval(self_bleu(texts)))
     if not texts:
         return dict(out, diversity=mean_interval([]), seed_cosine=mean_interval([]))
     vectors = embed(tuple(texts))
-    nearest = (vectors @ embed(tuple(seeds)).T).max(1).tolist() if seeds else []
-    return dict(out, diversity=spread(vectors), seed_cosine=mean_interval(round(x, 6) for x in nearest))
+    nearest = (vectors @ embed(tuple(seeds)).T).max(1).round(6) if seeds else []
+    return dict(out, diversity=spread(vectors), seed_cosine=mean_interval(nearest))
 
 
 def distinct(texts, k):

@@ -21,7 +21,8 @@ def measure(turns, tok, embed):
     replies that parsed; diversity is 1 - mean cosine of two attacks on harmful seeds (SRT section
     4), seed_cosine the mean cosine of an attack and its own seed, lengths are in tokens."""
     every = turns_table(turns)
-    every["think"], every["said"] = token_counts(tok, every["thinking"], every["answer"])
+    every["think"] = every["thinking"].map(tok.tokenize).map(len)
+    every["said"] = every["answer"].map(tok.tokenize).map(len)
     attacks, replies = every[every["role"] == "attacker"], every[every["role"] == "defender"]
     judged = dict(list(replies[replies["parsed"]].groupby("kind")))
     none = replies[:0]
@@ -44,15 +45,6 @@ def measure(turns, tok, embed):
         dev_diversity=diversity, dev_seed_cosine=cosine,
         dev_think=mean(replies["think"]), dev_answer=mean(replies["said"]),
         dev_think_atk=mean(attacks["think"]), dev_attack=mean(attacks["said"]))
-
-
-def token_counts(tok, *columns):
-    """Columns of texts -> for each a list of their lengths in tokens."""
-    out = []
-    for texts in columns:
-        ids = tok(list(texts), add_special_tokens=False).input_ids
-        out.append(list(map(len, ids)))
-    return out
 
 
 def line(step, m):

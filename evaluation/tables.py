@@ -153,7 +153,7 @@ def screen_table(summary, path):
     width = min(19, max(map(len, models)))  # of a longer label the end is shown
     lines = []
     for label, *cells in zip(*columns):
-        cells = "  ".join(f"{text:25}" for text in cells)
+        cells = "  ".join(map("{:25}".format, cells))
         lines.append(f"{label[-width:]:{width}}  {cells}".rstrip())
     return "\n".join([*lines, f"full table: {path}"])
 

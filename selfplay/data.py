@@ -27,7 +27,8 @@ def read_table(path):
     if path.suffix == ".parquet":
         import pandas
         try:
-            return list(enumerate(pandas.read_parquet(path).to_dict("records"), 1))
+            frame = pandas.read_parquet(path).astype(object)  # then None can stand in a gap
+            return list(enumerate(frame.where(frame.notna(), None).to_dict("records"), 1))
         except ValueError as problem:  # pyarrow's errors are of this type
             die(f"{short(path)}: not a Parquet file ({str(problem).splitlines()[0][:80]})")
     text = read_text(path)
@@ -129,8 +130,8 @@ def load_seeds(source, split=None, longest=LONGEST):
     names no split the hash of its prompt decides: a tenth is dev, a tenth test (ours).
     Prompts of more than `longest` bytes are left out and counted."""
     name = source if len(source) <= 60 else brief(source)
-    if split is not None:
-        _check_split(split, f"SEEDS={name}")
+    if split not in (None, *SPLITS):
+        die(f"SEEDS={name}: `split` must be train, dev or test, not {brief(split)}")
     seeds, dropped = [], 0
     for part, rows in _parts(source):
         for n, row in rows:
@@ -167,11 +168,6 @@ def halves(seeds):
     return [s for s in seeds if s["harmful"]], [s for s in seeds if not s["harmful"]]
 
 
-def _check_split(split, where):
-    if split not in SPLITS:
-        die(f"{where}: `split` must be train, dev or test, not {brief(split)}")
-
-
 def load_hub_dataset(path, *how, **more):
     """datasets.load_dataset(), which waits half a minute for a hub that cannot be reached: here one
     short question comes first. HF_HUB_OFFLINE=1 in the environment: from the cache alone."""
@@ -188,7 +184,8 @@ def _hub_seeds(name):
     if locate(name) or name.endswith(endings) or name.count("/") != 1 or "prompts/" in name:
         die(f"SEEDS: {brief(name)} {'is a folder' if locate(name) else 'not found'}: give a file")
     try:
-        table = load_hub_dataset(name, "train", split="train", delimiter="\t", keep_default_na=False)
+        table = load_hub_dataset(name, "train", split="train", delimiter="\t",
+                                 keep_default_na=False)
     except Exception as problem:  # a dozen unrelated types; each means "not to be had"
         die(f"SEEDS: {brief(name)} is no file and the Hugging Face hub did not give it "
             f"({type(problem).__name__}); for gated data accept its terms and run `hf auth login`")
@@ -207,7 +204,8 @@ def _seed(row, where, default_id):
     prompt = prompt.strip()
     tenth = int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 10
     split = row.get("split") or {0: "dev", 1: "test"}.get(tenth, "train")
-    _check_split(split, where)
+    if split not in SPLITS:
+        die(f"{where}: `split` must be train, dev or test, not {brief(split)}")
     return dict(row, prompt=prompt, harmful=harmful, split=split, id=str(row.get("id", default_id)))
 
 

@@ -122,9 +122,8 @@ def start(scope, load_embedder):
         die("RL_COEF=0 trains the SFT mix alone, and there is none: give SFT= or SFT_COEF=")
     if c.EVAL_EVERY or c.METHOD == "ssp":
         embed = load_embedder("")
-    if c.EVAL_EVERY:
-        for half in halves(load_seeds(c.SEEDS, "dev")):
-            dev += evenly(half, c.EVAL_SEEDS)
+    for half in halves(load_seeds(c.SEEDS, "dev")) if c.EVAL_EVERY else ():
+        dev += evenly(half, c.EVAL_SEEDS)
     if resumed:
         optimizer.restore(models.read_tensors(resumed / "state.safetensors"))
         if c.METHOD == "ssp":

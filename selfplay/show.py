@@ -2,8 +2,8 @@
 
     python -m selfplay.show adapters/selfplay checkpoints/02_rl/step_000100
 
-Seeds: the first harmful and the first benign one of prompts/seeds.jsonl that were held back. Greedy,
-nobody judges. What models write is shown with control characters escaped."""
+Seeds: the first harmful and the first benign one of prompts/seeds.jsonl that were held back.
+Greedy, nobody judges. What models write is shown with control characters escaped."""
 import sys
 import textwrap
 

@@ -22,6 +22,15 @@ def test_csv_with_bom_quotes_and_windows_line_ends(tmp_path):
                                      (5, dict(id="2", text="zwölf"))]
 
 
+def test_a_gap_in_parquet_is_none(tmp_path):
+    """As in JSON: a NaN could not be read back from a checkpoint of SSP's pool."""
+    rows = [dict(id="a", n=1, yes=True, more="x"), dict(id="b", n=None, yes=None, more=None)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    got = [row for _, row in data.read_table(tmp_path / "a.parquet")]
+    assert got == rows and got[1]["n"] is None and got[0]["yes"] is True
+    json.dumps(got, allow_nan=False)
+
+
 def test_tsv_jsonl_and_parquet_hold_the_same(tmp_path):
     rows = [dict(id="1", text="a, b"), dict(id="2", text="c\u2028d")]  # U+2028: a line end to some
     (tmp_path / "a.tsv").write_bytes("id\ttext\n1\ta, b\n2\tc\u2028d\n".encode())

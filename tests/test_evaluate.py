@@ -459,6 +459,21 @@ def test_cross_play_can_be_left_out(stage, world, tmp_path):
     assert "crossplay" not in made["03/summary.json"] and "03/crossplay.png" not in made
 
 
+def test_without_attacks_the_checkpoints_answer_only(stage, world, tmp_path, capsys):
+    """ATTACK=false: nobody rewrites a seed, the base is asked only what the others are."""
+    stage.main([*world.argv, "ATTACK=false"])
+    assert sum(map(len, world.batches)) == 2 * 6
+    made, printed = results(tmp_path), capsys.readouterr().out
+    for checkpoint in made["03/summary.json"]["checkpoints"].values():
+        assert list(checkpoint["answers"]) == ["seeds_harmful", "seeds_benign"]
+        assert checkpoint["attacks"] == {}
+    table = made["03/table.md"].decode()
+    assert "| seeds_harmful ASR (n 3)" in table
+    assert "| attacks" not in table and "Attackers." not in table
+    assert "03/crossplay.png" not in made and "03/rates.png" in made
+    assert "benign requests" in printed and "that work" not in printed
+
+
 def test_batches_hold_as_many_tokens_as_they_may_the_longest_prompts_first(stage, world,
                                                                            monkeypatch, tmp_path):
     seeds = [dict(id=str(n), prompt=f"<seed #{n} {'x' * (n * 7 % 5)}>", harmful=n % 2 == 1,
