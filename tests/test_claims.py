@@ -472,6 +472,37 @@ def test_what_was_asked_of_other_weights_or_attacks_is_forgotten(claims, made_up
     assert "other prompts" in stops(lambda x: known.add_answers(x, "seeds_harmful", stem), "warmup")
 
 
+def test_attacks_of_several_are_asked_at_once(claims, grid, monkeypatch):
+    """Arms that have not met the same attackers get one file; each attacker's part is kept."""
+    made = {"warmup": ["<a>", ""], "zero_sum": ["<c>", "<d>"]}
+    monkeypatch.setattr(claims.run, "file_digest", lambda *paths: "x")
+    known = claims.known_outcomes(["warmup", "selfplay", "zero_sum"])
+    for arm, texts in made.items():
+        rows = [dict(id=f"p{n}", answer=text) for n, text in enumerate(texts)]
+        write_jsonl(grid.root / f"{arm}.jsonl", rows)
+        known.keep_attacks(arm, grid.root / f"{arm}.jsonl")
+
+    def answers(words):  # the second request of zero_sum alone works
+        given = dict(word.split("=", 1) for word in words[1:])
+        asked = [x for x in read_jsonl(grid.root / given["SEEDS"]) if x["harmful"]]
+        assert [(x["id"], x["prompt"]) for x in asked] == [
+            ("p0~warmup", "<a>"), ("p0~zero_sum", "<c>"), ("p1~zero_sum", "<d>")]
+        rows = []
+        for x in asked:
+            rows.append(dict(id=x["id"], empty=False, response_harmful=x["prompt"] == "<d>",
+                             response_refusal=False, matcher=True))
+        folder = claims.folder_of(words, "selfplay")
+        folder.mkdir(parents=True)
+        write_jsonl(folder / "seeds_harmful.labels.jsonl", rows)
+
+    monkeypatch.setattr(claims.launcher, "launch", answers)
+    claims.ask_attacked(["selfplay"], ("warmup", "zero_sum"), known)
+    entry = json.loads(known.file.read_text())["arms"]["selfplay"]["answers"]
+    assert entry["attacked_by_warmup"]["judge"] == "00"  # an empty attack is 0
+    assert entry["attacked_by_zero_sum"]["judge"] == "01"
+    assert entry["attacked_by_zero_sum"]["matcher"] == "00"
+
+
 def test_who_attacks(claims):
     """One random seed of each arm, and none that trains a defender alone."""
     arms = ["warmup", "selfplay", "defender_only", "defender_frozen", "ssp_off", "selfplay_seed1"]
