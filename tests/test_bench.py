@@ -228,7 +228,7 @@ def test_table_by_hand(common, capsys):
 # ---- bench/README.md -----------------------------------------------------------------------------
 
 README = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
-PARTS = {"common.py", "launcher.py", "verdicts.py"}  # that the scripts import
+PARTS = {"common.py", "launcher.py", "outcomes.py", "verdicts.py"}  # that the scripts import
 
 
 def test_the_readme_names_every_script_and_its_links_lead_somewhere():

@@ -1,4 +1,4 @@
-"""bench/claims.py and bench/verdicts.py: the commands of the grid, what runs and what does not, the
+"""bench/claims.py, outcomes.py and verdicts.py: the commands of the grid, what runs and what does not, the
 adapters that are kept, and the verdicts on labels that are made up here."""
 import io
 import json
