@@ -322,9 +322,8 @@ def evaluate(arms, known):
     """(3) Ask the finished arms what they were not asked yet."""
     new = []
     for arm in arms:
-        benchmarks = set(known.answers(arm)) - set(outcomes.OWN)
-        others = [x for x in benchmarks if not x.startswith(outcomes.ATTACKED)]
-        if not known.has(arm, outcomes.OWN[0]) or DATA_DIR and not others:
+        asked = known.benchmarks(arm)
+        if not asked or DATA_DIR and asked == set(outcomes.OWN):
             new.append(arm)
     if new:
         ask_own(new, known)

@@ -20,6 +20,7 @@ from selfplay.data import read_rows
 
 OPINIONS = ("judge", "judge2", "matcher")
 OWN = ("seeds_harmful", "seeds_benign")  # 03 always asks these
+GAMES = ("met", "exploit", "response")
 ATTACKED = "attacked_by_"
 MARKS = {1.0: "1", 0.0: "0"}
 
@@ -84,6 +85,10 @@ class Outcomes:
     def answers(self, arm):
         """{measure: {opinion: text of marks}} of an arm; empty before it is evaluated."""
         return self.data["arms"].get(arm, {}).get("answers", {})
+
+    def benchmarks(self, arm):
+        """The benchmarks that an arm was asked, those of OWN among them."""
+        return {x for x in self.answers(arm) if x not in GAMES and not x.startswith(ATTACKED)}
 
     def has(self, arm, measure):
         """Was an arm asked this?"""

@@ -449,6 +449,9 @@ def test_outcomes_come_back_as_they_were(claims, made_up):
     assert set(kept["answers"]["seeds_benign"]["judge"]) == {"0", "1"}
     assert len(kept["answers"]["seeds_benign"]["judge"]) == N
     assert known.series("selfplay", "met", "judge") is None and not known.has("x", "met")
+    known.add_answers("selfplay", "response", made_up.grid / "selfplay/seeds_harmful")
+    assert known.benchmarks("selfplay") == set(claims.outcomes.OWN)
+    assert known.benchmarks("x") == set()
 
 
 def test_what_was_asked_of_other_weights_or_attacks_is_forgotten(claims, made_up):
