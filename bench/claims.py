@@ -7,14 +7,14 @@
     python bench/claims.py TABLE_ONLY=true        the table from what is there
 
 1. Train: GRID below. All arms are adapters of one rank, with the same number of steps; arms with
-   one SEED draw the same seeds in the same order (attacker_only plays the attacked ones). 02 goes on
-   by itself when it was cut.
+   one SEED draw the same seeds in the same order (attacker_only plays the attacked ones). 02 goes
+   on by itself when it was cut.
 2. Keep, after each arm: ADAPTERS_DIR/ARM (adapter in bfloat16, meta.json, a warm-up's SFT mix),
    results/reference/RUN/ARM (metrics.csv, 20 games, of SSP's arms the attacks that worked). An arm
    that is kept is finished: with these files the grid goes on on another machine.
-3. Evaluate by 03: each arm on the held-back seeds and the benchmarks of DATA_DIR, by the attacks
-   of all attackers_of(), and the SSP arms by the attacks that worked in training. What comes out is
-   kept by bench/outcomes.py: an arm that comes later is evaluated alone.
+3. Evaluate by 03. Each arm answers the held-back seeds, the benchmarks of DATA_DIR and the attacks
+   of every arm in attackers_of(); the SSP arms also the attacks that worked in training. The labels
+   are kept (bench/outcomes.py), so of an arm that comes later the others answer the attacks only.
 4. Best response: a final defender is frozen and its attacker trained on, on attacked games only;
    its success before and after. These attackers stay in checkpoints/ and are never kept.
 5. Write results/reference/RUN/claims.md and .json, of SPLIT=test claims_test.md and .json
@@ -376,17 +376,15 @@ def ask_attacked(arms, by, known):
 
 def by_attacker(folder, attacker):
     """The outcomes of one attacker's attacks among those of several (ids: SEED~ATTACKER)."""
-    found = {}
+    found, asked = {}, (folder / "seeds_harmful.labels.jsonl").is_file()  # did one have text?
     for opinion in outcomes.OPINIONS:
-        series = outcomes.judged(folder / "seeds_harmful", True, opinion)
-        if series is None:  # no attack had text
-            series = pandas.Series(dtype=float)
-        own = {}
-        for i, x in series.items():
+        series, own = outcomes.judged(folder / "seeds_harmful", True, opinion), {}
+        for i, x in series.items() if series is not None else ():
             seed, _, of = i.rpartition("~")
             if of == attacker:
                 own[seed] = x
-        found[opinion] = pandas.Series(own, dtype=float)
+        missing = series is None and asked  # there is no second judge
+        found[opinion] = None if missing else pandas.Series(own, dtype=float)
     return found
 
 
@@ -400,6 +398,7 @@ def ask_met(known):
     write_seeds(name, rows)
     words = file_command(name, SSP_ARMS)
     launcher.launch(words)
+    known.forget("met")  # an arm that was trained anew met other attacks
     for arm in SSP_ARMS:
         known.add_answers(arm, "met", folder_of(words, arm) / "seeds_harmful")
     known.save()
@@ -421,10 +420,8 @@ def ask_responses(arms, known):
             folder, found = folder_of(words, label), {}
             for opinion in outcomes.OPINIONS:
                 found[opinion] = outcomes.judged(folder / file, True, opinion)
-                for row in read_rows(folder / "attacks.jsonl", "id", "answer", heal=False):
-                    if not row["answer"] and found[opinion] is not None:
-                        found[opinion][row["id"]] = 0.0
-            known.add(arm, measure, found)
+            attacks = read_rows(folder / "attacks.jsonl", "id", "answer", heal=False)
+            known.add(arm, measure, outcomes.with_unsent(found, attacks))
     known.save()
 
 

@@ -1,5 +1,5 @@
-"""bench/claims.py, outcomes.py and verdicts.py: the commands of the grid, what runs and what does not, the
-adapters that are kept, and the verdicts on labels that are made up here."""
+"""bench/claims.py, outcomes.py and verdicts.py: the commands of the grid, what runs and what does
+not, the adapters and outcomes that are kept, and the verdicts on labels that are made up here."""
 import io
 import json
 import re
@@ -419,7 +419,8 @@ def test_opinions_are_read_apart(claims, made_up):
     for path in made_up.grid.glob("*/attacks_o*.labels.jsonl"):
         rows = read_jsonl(path)
         write_jsonl(path, [dict(row, matcher=True, empty=True) for row in rows])
-    got = row_of(claims.verdicts.judge_claims(made_up.collect()), "selfplay", "sft_alone", "attacked")
+    rows = claims.verdicts.judge_claims(made_up.collect())
+    got = row_of(rows, "selfplay", "sft_alone", "attacked")
     assert got["judge"]["word"] == "holds"
     assert (got["judge2"]["change"], got["matcher"]["change"]) == (0, 0)
     assert got["judge2"]["word"] == got["matcher"]["word"] == "cannot tell"
@@ -427,7 +428,8 @@ def test_opinions_are_read_apart(claims, made_up):
 
 def test_an_empty_attack_and_a_label_that_did_not_parse(claims, made_up):
     attacks = read_jsonl(made_up.grid / "warmup/attacks.jsonl")
-    write_jsonl(made_up.grid / "warmup/attacks.jsonl", [*attacks[:-1], dict(attacks[-1], answer="")])
+    attacks[-1]["answer"] = ""
+    write_jsonl(made_up.grid / "warmup/attacks.jsonl", attacks)
     file = made_up.grid / "warmup/attacks_own.labels.jsonl"
     rows = read_jsonl(file)
     rows[0] |= dict(response_harmful=None, response_refusal=None)
@@ -504,6 +506,46 @@ def test_attacks_of_several_are_asked_at_once(claims, grid, monkeypatch):
     assert entry["attacked_by_warmup"]["judge"] == "00"  # an empty attack is 0
     assert entry["attacked_by_zero_sum"]["judge"] == "01"
     assert entry["attacked_by_zero_sum"]["matcher"] == "00"
+    assert "judge2" not in entry["attacked_by_zero_sum"]  # there are no labels by it
+
+
+def test_attacks_that_ssp_met_are_asked_when_all_its_arms_are_there(claims, grid, monkeypatch):
+    """Nothing is asked before, or without attacks. Of one arm trained anew the old ones go."""
+    monkeypatch.setattr(claims.run, "file_digest", lambda *paths: "x")
+    monkeypatch.setattr(claims, "ask_own", lambda arms, known: None)
+    monkeypatch.setattr(claims, "ask_attacked", lambda arms, by, known: None)
+    asked = []
+
+    def answers(words):
+        given = dict(word.split("=", 1) for word in words[1:])
+        rows = [x for x in read_jsonl(grid.root / given["SEEDS"]) if x["harmful"]]
+        asked.append([x["id"] for x in rows])
+        for arm in claims.SSP_ARMS:
+            folder = claims.folder_of(words, arm)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_jsonl(folder / "seeds_harmful.labels.jsonl", [
+                dict(id=x["id"], empty=False, response_harmful=True, response_refusal=False,
+                     matcher=False) for x in rows])
+
+    monkeypatch.setattr(claims.launcher, "launch", answers)
+    known = claims.known_outcomes(claims.SSP_ARMS)
+    claims.evaluate(claims.SSP_ARMS, known)
+    assert asked == []  # no attack worked
+    for arm in claims.SSP_ARMS:
+        folder = run.REFERENCE / "claims" / arm
+        folder.mkdir(parents=True)
+        write_jsonl(folder / "met.jsonl", [dict(id=f"a~{arm}-0", prompt=f"<{arm}>")])
+    claims.evaluate(claims.SSP_ARMS[1:], known)
+    assert asked == []
+    claims.evaluate(claims.SSP_ARMS, known)
+    claims.evaluate(claims.SSP_ARMS, known)
+    assert asked == [["a~ssp_off-0", "a~ssp_plain-0", "a~ssp_reflect-0"]]
+    assert known.series("ssp_plain", "met", "judge").tolist() == [1.0] * 3
+
+    del known.data["arms"]["ssp_off"]
+    write_jsonl(run.REFERENCE / "claims/ssp_off/met.jsonl", [dict(id="b~ssp_off-0", prompt="<b>")])
+    claims.evaluate(claims.SSP_ARMS, known)
+    assert "b~ssp_off-0" in asked[1] and "a~ssp_off-0" not in known.data["ids"]["met"]
 
 
 def test_who_attacks(claims):
