@@ -192,8 +192,9 @@ def attackers_of(arms):
     return [arm for arm in arms if arm in GRID and "ROLES=defender" not in GRID[arm][1]]
 
 
-def plan(arms):
-    """All commands that arms need from nothing."""
+def all_commands(arms):
+    """The commands that arms need from nothing. Those on attacks run once for each set of attackers
+    that arms have not met; the RUN has then a digest of the attacks at its end."""
     out = [*map(command, arms), own_command(arms), file_command(results("_attacked"), arms)]
     if set(SSP_ARMS) <= set(arms):
         out.append(file_command(results("_met"), SSP_ARMS))
@@ -522,7 +523,7 @@ def main(argv):
     arms = chosen()
     responses(arms)  # stops at a name that is none
     if PLAN_ONLY:
-        for words in plan(arms):
+        for words in all_commands(arms):
             print("python", shlex.join(words))
         return
     if not TABLE_ONLY:

@@ -487,14 +487,14 @@ def test_attacks_of_several_are_asked_at_once(claims, grid, monkeypatch):
         write_jsonl(grid.root / f"{arm}.jsonl", rows)
         known.keep_attacks(arm, grid.root / f"{arm}.jsonl")
 
-    def answers(words):  # the second request of zero_sum alone works
+    def answers(words):  # zero_sum's attack on p0 works, warmup's does not
         given = dict(word.split("=", 1) for word in words[1:])
         asked = [x for x in read_jsonl(grid.root / given["SEEDS"]) if x["harmful"]]
         assert [(x["id"], x["prompt"]) for x in asked] == [
             ("p0~warmup", "<a>"), ("p0~zero_sum", "<c>"), ("p1~zero_sum", "<d>")]
         rows = []
         for x in asked:
-            rows.append(dict(id=x["id"], empty=False, response_harmful=x["prompt"] == "<d>",
+            rows.append(dict(id=x["id"], empty=False, response_harmful=x["prompt"] == "<c>",
                              response_refusal=False, matcher=True))
         folder = claims.folder_of(words, "selfplay")
         folder.mkdir(parents=True)
@@ -504,7 +504,7 @@ def test_attacks_of_several_are_asked_at_once(claims, grid, monkeypatch):
     claims.ask_attacked(["selfplay"], ("warmup", "zero_sum"), known)
     entry = json.loads(known.file.read_text())["arms"]["selfplay"]["answers"]
     assert entry["attacked_by_warmup"]["judge"] == "00"  # an empty attack is 0
-    assert entry["attacked_by_zero_sum"]["judge"] == "01"
+    assert entry["attacked_by_zero_sum"]["judge"] == "10"
     assert entry["attacked_by_zero_sum"]["matcher"] == "00"
     assert "judge2" not in entry["attacked_by_zero_sum"]  # there are no labels by it
 

@@ -471,6 +471,7 @@ def test_without_attacks_the_checkpoints_answer_only(stage, world, tmp_path, cap
     assert "| seeds_harmful ASR (n 3)" in table
     assert "| attacks" not in table and "Attackers." not in table
     assert "03/crossplay.png" not in made and "03/rates.png" in made
+    assert not [name for name in made if "attack" in name]
     assert "benign requests" in printed and "that work" not in printed
 
 
