@@ -35,7 +35,7 @@ test: setup
 bench: setup .venv-trl/complete
 	$(PY) bench/logprobs.py $(BENCH)
 	$(PY) bench/judge.py $(BENCH)
-	$(PY) bench/scaling.py GAMES=results/reference/02_rl/games_sample.jsonl TURNS=16,32,64 $(BENCH)
+	$(PY) bench/scaling.py GAMES=results/reference/full/games_sample.jsonl TURNS=16,32,64 $(BENCH)
 	$(PY) bench/sample.py $(BENCH)
 	$(PY) bench/step.py $(BENCH)
 
