@@ -25,21 +25,23 @@ Run = collections.namedtuple(
 
 def plan_memory(scope, source, seeds):
     """Print what a step needs in memory and time (selfplay/plan.py); on CUDA, stop if it does not
-    fit -> are gradients to be checkpointed?"""
+    fit -> are gradients to be checkpointed? Stops too where the attacker would get no seed."""
     c = types.SimpleNamespace(**scope)
+    attacked = sum(kind.startswith("generated") for kind, _ in c.draw_seeds(seeds, 0))
+    if not attacked and not c.published_ablation("defender"):
+        die(f"ATTACKED={c.ATTACKED} leaves the attacker no seed: give more, or ROLES=defender")
     policy, judges = models.peek(source), [c.judge.footprint(c.JUDGE, c.QUANTIZE)]
     if c.METHOD == "ssp" and c.RUBRIC_JUDGE:
         judges.append(c.judge.footprint(c.RUBRIC_JUDGE, c.QUANTIZE))
     if not policy or None in judges:
         print(f"memory: not planned, the config of {c.MODEL} or of the judge is not at hand")
         return c.CHECKPOINTING == "on"
-    attacked = sum(kind.startswith("generated") for kind, _ in c.draw_seeds(seeds, 0))
     return plan.plan_run(run.constants(scope), *policy, judges, c.judge.JUDGE_TOKENS,
                          models.pick_dtype(c.DTYPE).itemsize, seeds, attacked)
 
 
-def check_constants(c):
-    """Stop where constants exclude one another."""
+def check_constants(c, source):
+    """Stop where constants exclude one another, or the model at `source` was taught otherwise."""
     if not c.LORA_RANK and (c.BASE_QUANT, c.ADAPTERS) != ("none", "shared"):
         die("BASE_QUANT=nf4 and ADAPTERS=per_role are for runs with adapters: give LORA_RANK")
     if c.REFERENCE == "cpu" and (c.LORA_RANK or c.ROLES != "both"):
@@ -51,6 +53,12 @@ def check_constants(c):
     if c.SHARD == "fsdp" and (c.LORA_RANK or c.REFERENCE == "cpu" or parallel.number_of() == 1):
         die("SHARD=fsdp is for runs in several processes in which all weights learn and the "
             "reference is resident")
+    meta = run.locate(f"{source}/meta.json")
+    taught = dict(constants={}) | (run.read_json(meta) if meta else {})
+    run.check_fields(taught, f"{source}/meta.json", dict(constants=dict))
+    if taught["constants"].get("COT", c.COT) != c.COT:
+        die(f"COT={c.COT}, but {c.MODEL} was trained with COT={not c.COT}: run 01 with "
+            f"COT={c.COT} and another RUN=, and give what it makes as MODEL")
 
 
 def load_models(c, source, resumed, checkpointing):
@@ -81,8 +89,8 @@ def start(scope, load_embedder):
     """Load all that a run works with: new, or from the newest checkpoint -> Run. load_embedder: of
     evaluation.attackers, for (8)."""
     c = types.SimpleNamespace(**scope)
-    check_constants(c)
     source = str(run.locate(c.MODEL) or c.MODEL)
+    check_constants(c, source)
     if c.MODEL == "checkpoints/01_sft" and not run.locate(f"{c.MODEL}/meta.json"):
         die(f"{c.MODEL} not found: run python 01_sft_warmup.py first")
     seeds, dev, embed = load_seeds(c.SEEDS, "train"), [], None
@@ -115,9 +123,6 @@ def start(scope, load_embedder):
     c.judge.check(scorer, c.JUDGE_FLOOR)
     ref, tok, policy, optimizer = load_models(c, source, resumed, checkpointing)
     sft, pool = read_examples(sft_file, tok, c.SFT_KINDS, c.COT), ""
-    attacked = [kind for kind, _ in c.draw_seeds(seeds, 0) if kind.startswith("generated")]
-    if not attacked and not c.published_ablation("defender"):
-        die(f"ATTACKED={c.ATTACKED} leaves the attacker no seed: give more, or ROLES=defender")
     if not c.RL_COEF and not (sft and c.SFT_COEF):
         die("RL_COEF=0 trains the SFT mix alone, and there is none: give SFT= or SFT_COEF=")
     if c.EVAL_EVERY or c.METHOD == "ssp":

@@ -180,10 +180,18 @@ def test_counts_of_the_seeds_that_ship():
     assert len(set(column(seeds, "id"))) == len(seeds)
 
 
+def test_borderline_seeds_are_benign_ones_of_all_splits():
+    counts = {split: len(data.load_seeds("prompts/seeds.jsonl,prompts/borderline.jsonl", split))
+              - len(data.load_seeds("prompts/seeds.jsonl", split)) for split in data.SPLITS}
+    assert counts == dict(train=80, dev=40, test=39)
+    assert set(column(read_jsonl(ROOT / "prompts" / "borderline.jsonl"), "harmful")) == {False}
+
+
 def test_no_seed_that_ships_is_there_twice():
     """Case and punctuation aside, no two are the same, whatever their split. And no two of
     different splits are nearly the same: they share fewer than four fifths of their words."""
     seeds = read_jsonl(ROOT / "prompts" / "seeds.jsonl")
+    seeds += read_jsonl(ROOT / "prompts" / "borderline.jsonl")
     words = [re.findall(r"\w+", seed["prompt"].lower()) for seed in seeds]
     assert len(set(map(tuple, words))) == len(seeds)
     bags = list(map(set, words))

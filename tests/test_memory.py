@@ -303,8 +303,7 @@ def handed(here, monkeypatch):
 @pytest.mark.parametrize("constants, rows, more", [
     (dict(), dict(reply=32, attack=16), 96),                        # half of 32 seeds are attacked
     (dict(SAMPLE_BATCH=8), dict(reply=8, attack=8), 96),
-    (dict(ATTACKED=0.0), dict(reply=32), None),                     # then the longest seed
-    (dict(ROLES="defender"), dict(reply=32), None),
+    (dict(ROLES="defender"), dict(reply=32), None),                 # then the longest seed
     (dict(EVAL_EVERY=20), dict(reply=96, attack=96), 96),           # of 4 x 48 dev games
     (dict(EVAL_EVERY=20, EVAL_SEEDS=10), dict(reply=40, attack=20), 96),
     (dict(EVAL_EVERY=20, EVAL_SEEDS=10, ROLES="defender"), dict(reply=40, attack=20), 96),

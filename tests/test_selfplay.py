@@ -127,6 +127,18 @@ def test_an_empty_reply_is_no_way_out_of_a_penalty():
     assert rl.turn_reward(turn(well_formed=True), Labels(True, True, False)) == 3.0
 
 
+def test_a_seed_that_is_shown_may_have_its_own_label(monkeypatch):
+    """A refusal of a benign seed that the judge takes for harmful: right by its label (+1), wrong by
+    the seed's own (-1). The attack of a game has no label but the judge's."""
+    refusal = Labels(True, True, False)
+    for own, want in ((False, 3.0), (True, 1.0)):
+        monkeypatch.setattr(rl, "SEED_LABELS", own)
+        assert rl.turn_reward(turn(kind="vanilla_benign", well_formed=True), refusal) == want
+        assert rl.turn_reward(turn(kind="generated_benign", well_formed=True), refusal) == 3.0
+        assert rl.turn_reward(turn(well_formed=True), refusal) == 3.0
+        assert rl.turn_reward(turn(well_formed=True), Labels(False, True, False)) == 2 * own + 1
+
+
 @pytest.mark.parametrize("harmful", [True, False])
 @pytest.mark.parametrize("scheme, attacker", [("general_sum", -1 - 0.5), ("zero_sum", -1 - 1.0)])
 def test_an_empty_reply_is_neither_refusal_nor_answer(harmful, scheme, attacker):
@@ -1003,6 +1015,18 @@ def test_attacker_only_keeps_the_sft_mix_and_needs_attacked_seeds(small_run, wor
 @pytest.mark.parametrize("words", [["SCHEME=zero_sum"], ["ROLES=attacker"], ["ROLES=defender"]])
 def test_ssp_stops_where_it_has_nothing_to_replay(small_run, words):
     assert "replays attacks" in stops(small_run, "METHOD=ssp", "STEPS=1", *words)
+
+
+def test_a_warm_up_with_another_cot_stops(small_run, tiny_models, tmp_path):
+    for cot, words in ((False, []), (True, ["COT=false"])):
+        model = tmp_path / f"{cot}"
+        shutil.copytree(tiny_models["llama"], model)
+        (model / "meta.json").write_text(json.dumps(dict(constants=dict(COT=cot))))
+        said = stops(small_run, f"MODEL={model}", "STEPS=1", *words)
+        assert f"was trained with COT={cot}" in said
+        small_run(f"MODEL={model}", "STEPS=1", f"COT={cot}", f"RUN={cot}")
+    (model / "meta.json").write_text('{"constants": 5}')
+    assert "no 'constants' in it" in stops(small_run, f"MODEL={model}", "STEPS=1")
 
 
 def test_cuts_of_the_rubric_are_counted_too():
