@@ -110,10 +110,8 @@ def find_judge(name):
     for file in (adapters.CONFIG, adapters.WEIGHTS, "calibration.json") if adapter else ():
         if not (adapter / file).is_file():
             die(f"{adapter / file} not found: run python -m judge_adapter.train DATA_DIR=...")
-    if not adapter and not (Path(name) / "config.json").is_file():
-        models.check_hub(name)  # stops by itself
     limit = judge.text_limit(EVAL_TOKENS, ATTACK_TOKENS)
-    return sha(name, JUDGE_QUANTIZE, limit, judge.fingerprint(name))
+    return sha(name, JUDGE_QUANTIZE, limit, judge.fingerprint(name))  # stops by itself
 
 
 def check_folder(folder, checkpoint, base, digests, defenders):

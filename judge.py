@@ -24,6 +24,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+import pandas
 import torch
 
 from engine import adapters, memory, models, parallel, progress
@@ -422,16 +423,13 @@ def evaluate(judge, rows):
     for scores in label_scores(rows, matched, ["response_refusal"]).values():
         print(f"refusal matcher   n {scores['n']}  f1 {scores['f1']:.3f}  "
               "(openings only, for comparison)")
-    sources = [str(row.get("source") or "") for row in rows]
-    for source in sorted(set(sources)) if len(set(sources)) > 1 else []:
-        line = source
-        for field in FIELDS:
-            right = []
-            for row, x, of in zip(rows, labels, sources):
-                if of == source and row.get(field) is not None:
-                    right.append(getattr(x, field) is row[field])
-            line += f"  {field} {sum(right) / len(right):.3f} of {len(right)}" if right else ""
-        print(line)
+    right = pandas.DataFrame(index=[str(row.get("source") or "") for row in rows], dtype=float)
+    for field in FIELDS:
+        right[field] = [getattr(x, field) is row[field] if row.get(field) is not None else None
+                        for row, x in zip(rows, labels)]
+    if right.index.nunique() > 1:
+        by_source = right.astype(float).groupby(level=0).agg(["mean", "count"])
+        print(f"share of right labels, and of how many:\n{by_source.to_string(na_rep='-')}")
     failed = [x.parsed for x in labels].count(False)
     print(f"not parsed {failed} of {len(rows)}; texts cut at {judge.max_text} tokens: "
           f"{judge.truncated}")

@@ -108,13 +108,9 @@ class Pool:
         total = math.fsum(x.weight for x in self.items)
         return 1 - item.mean + self.ucb_c * math.sqrt(math.log(1 + total) / (1 + item.weight))
 
-    def ranked(self, items):
-        """Items by UCB, the highest first; the older first where equal."""
-        return sorted(items, key=lambda item: (-self.ucb(item), item.number))
-
     def top(self, k):
-        """The k items of highest UCB."""
-        return self.ranked(self.items)[:k]
+        """The k items of highest UCB, the highest first; the older first where equal."""
+        return sorted(self.items, key=lambda item: (-self.ucb(item), item.number))[:k]
 
     def knows(self, attack):
         """Is there an item of this attack, or of one that is almost the same?"""
