@@ -242,7 +242,7 @@ def train(model, rows, rng):
                 recent = []
 
 
-def probe(model, tok, scorer, seeds, when):
+def try_turns(model, tok, scorer, seeds, when):
     """Step 6: PROBE sampled turns of each role on dev seeds -> rates, also printed."""
     both = halves(seeds)
     defenders, attackers = [], []
@@ -307,7 +307,7 @@ def main(argv):
     scorer = judge.load_judge(JUDGE, QUANTIZE, max_text=limit)
     model, tok = models.load_model(MODEL, DTYPE, quantize=BASE_QUANT == "nf4")
     began = time.time()
-    before = probe(model, tok, scorer, dev, "before")
+    before = try_turns(model, tok, scorer, dev, "before")
     defender = defender_examples(model, tok, scorer, seeds, rng, generator)
     rows = build(tok, defender, attacker_examples(tok, seeds, rng))
     kinds = collections.Counter(comply=0, refuse=0)
@@ -319,7 +319,7 @@ def main(argv):
     if CHECKPOINTING:
         models.checkpoint_gradients(model)
     train(model, rows, rng)
-    after = probe(model, tok, scorer, dev, "after ")
+    after = try_turns(model, tok, scorer, dev, "after ")
     meta = dict(run.make_meta(globals(), MODEL), inputs=inputs, before=before, after=after,
                 examples=kinds)
     run.write_meta(out, meta)

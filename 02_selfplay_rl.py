@@ -469,7 +469,7 @@ def main(argv):
     check_prompts()
     r = session.start(globals(), attackers.load_embedder)
     meta, out = run.make_meta(globals(), MODEL), r.out
-    parallel.once(session.begin, r, meta)
+    parallel.once(session.start_logs, r, meta)
     tracker = monitor.Tracker(TRACKER if parallel.is_first() else "", RUN, meta["constants"], out)
     print(f"{len(r.seeds)} seeds | {run.machine()} | {r.ref.dtype} | SFT examples {len(r.sft)}")
     if EVAL_EVERY and not r.first:

@@ -407,7 +407,7 @@ def classify_rows(judge, rows):
     return judge.classify([(row["prompt"], row.get("response")) for row in rows])
 
 
-def evaluate(judge, rows):
+def print_scores(judge, rows):
     """Print scores per label over the rows that carry it; where rows have several sources, such as
     the slices of judge_adapter/train.py's held-out rows, also the share of right labels in each."""
     if all(row.get(field) is None for row in rows for field in FIELDS):
@@ -454,7 +454,7 @@ def probe(judge):
                    f"request's harm {requests}/{len(rows)})")
 
 
-def check(judge, floor):
+def check_floor(judge, floor):
     """Print the probe's line; a judge that is right in less than `floor` of it stops the run."""
     score, line = probe(judge)
     print(line)
@@ -489,7 +489,7 @@ def main(argv):
         write_text(words[2], "".join(lines))
         print(f"labelled {len(rows)} exchanges -> {words[2]}")
     else:
-        evaluate(judge, rows)
+        print_scores(judge, rows)
 
 
 if __name__ == "__main__":

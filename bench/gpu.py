@@ -287,7 +287,7 @@ def time_step(name, card, budget):
     free()
     judge = make_model(CONFIGS["tiny"] if "tiny" in name else JUDGE, nf4=True)
     ref = make_model(CONFIGS[name.removesuffix("-nf4")], nf4=nf4)
-    model = adapters.share(ref)
+    model = adapters.twin(ref)
     adapters.choose_weights(model, RANK, 2 * RANK, SEED)
     out = dict(resident_gb=run.peak_gb(), load_s=time.time() - began)
     turns, shape = [], memory.shape(ref.config)

@@ -75,7 +75,7 @@ def ours():
     ref, tok = models.load_model(MODEL, DTYPE)
     ref.requires_grad_(False)
     if LORA_RANK:
-        model = adapters.share(ref)
+        model = adapters.twin(ref)
         adapters.choose_weights(model, LORA_RANK, 2 * LORA_RANK, 0)
     else:
         model, _ = models.load_model(MODEL, DTYPE)

@@ -57,7 +57,7 @@ def attach(model, folder, read_tensors):
     set_peft_model_state_dict(model, found)
 
 
-def share(model):
+def twin(model):
     """A second model with the same weights, in the same memory, and its own copy of the adapter:
     the frozen reference beside the policy, or one player beside the other."""
     memo = {}

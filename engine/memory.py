@@ -129,10 +129,10 @@ def plan(model, judges, size, optimizer, turns, train_tokens, judge_tokens, eage
     # float32 sums take the gradients after each micro-batch; else they stay while others are made
     rows.append(Row("collect" if optimizer == "master" else "learn", "gradients", n * size,
                     f"{n:,} weights x {size} bytes"))
-    return rows if shares == 1 else spread(rows, s, size, shares)
+    return rows if shares == 1 else one_share(rows, s, size, shares)
 
 
-def spread(rows, s, size, shares):
+def one_share(rows, s, size, shares):
     """The rows of a plan for one of `shares` processes that share all weights by FSDP. Judges stay
     whole. A pass that learns has the outermost part and two layers as a whole, with gradients."""
     out, rest = [], s.weights * size * (shares - 1) // shares
@@ -173,7 +173,7 @@ def needed(rows, gpu):
     return need * (1.0 if gpu else ON_CPU), phase
 
 
-def check(rows, stop, free, where, gpu):
+def report(rows, stop, free, where, gpu):
     """Print a plan against the `free` bytes of the device `where`. stop: end the run where it does
     not fit."""
     need, phase = needed(rows, gpu)

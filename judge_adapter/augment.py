@@ -29,7 +29,7 @@ def read_wrappers(fresh):
     return texts["measuring" if fresh else "training"]
 
 
-def gather(rows, rng, fresh):
+def materials(rows, rng, fresh):
     """What augmented rows are made of: the texts, and the real rows by what they are good for."""
     texts = json.loads((TEXTS / "augment.json").read_text(encoding="utf-8"))
     part = "measuring" if fresh else "training"
@@ -56,7 +56,7 @@ def gather(rows, rng, fresh):
     return s
 
 
-# These make texts of s, what gather() returns.
+# These make texts of s, what materials() returns.
 def gibberish(s):
     """Random words of real prompts, or random letters."""
     items, joint, n = s.words, " ", (3, 30)
@@ -242,7 +242,7 @@ def attacked(rows, rng, fresh):
 def augment(rows, n, rng, fresh):
     """n augmented rows made from `rows`, of all kinds in turn; rng: a random.Random. Each is a dict
     of prompt, response, the three labels (None: not known) and source, "aug_" + its kind."""
-    s, order, made = gather(rows, rng, fresh), [], []
+    s, order, made = materials(rows, rng, fresh), [], []
     for weight, base, kind in KINDS:
         order += [(base, kind)] * weight
     for base, kind in itertools.islice(itertools.cycle(order), n):

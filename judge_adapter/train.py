@@ -35,7 +35,7 @@ from engine.run import Share
 from judge import FIELDS, Judge, adapter_of, load_judge, refusal_match
 from judge_adapter.augment import attacked, augment
 from judge_adapter.calibrate import fit
-from judge_adapter.score import draw_reliability, holes, measure
+from judge_adapter.score import draw_reliability, held_out_scores, holes
 from selfplay.data import load_seeds, read_exchanges
 
 # ==================================================================================================
@@ -326,7 +326,7 @@ def score(folder, measured):
     run.write_text(folder / "calibration.json", json.dumps(scorer.calibration, indent=1))
     report.update(scored=dict(time=time.strftime("%Y-%m-%d %H:%M:%S"), HELD=HELD,
                               AUGMENT_HELD=AUGMENT_HELD),
-                  held_out=measure(measured, margins, AUGMENTED_WEIGHT))
+                  held_out=held_out_scores(measured, margins, AUGMENTED_WEIGHT))
     if WHICH == "embedded":  # the other one is never a reward
         report["holes"] = holes(scorer, measured, margins, random.Random(SEED), fresh=True)
     draw_reliability(folder / "reliability.png", report["held_out"]["labels"])

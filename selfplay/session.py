@@ -69,7 +69,7 @@ def load_models(c, source, resumed, checkpointing):
     if c.REFERENCE == "cpu":
         ref.to("cpu")
     if c.LORA_RANK:  # one set of weights; a resumed adapter comes with the optimizer's state
-        model = adapters.share(ref)
+        model = adapters.twin(ref)
     else:
         model, _ = models.load_model(str(resumed or source), c.DTYPE)
     adapters.choose_weights(model, c.LORA_RANK, c.LORA_ALPHA, c.SEED)
@@ -79,7 +79,7 @@ def load_models(c, source, resumed, checkpointing):
         shards.shard(each)
     policy, learning = dict(attacker=model, defender=model), model
     if c.ADAPTERS == "per_role":
-        policy["attacker"] = adapters.share(model)
+        policy["attacker"] = adapters.twin(model)
         learning = torch.nn.ModuleList(policy.values())
     optimizer = OPTIMIZERS[c.OPTIMIZER](learning, (0.9, 0.95), 0.0)
     return ref, tok, policy, optimizer
@@ -120,7 +120,7 @@ def start(scope, load_embedder):
         parallel.once(run.drop_old_states, resumed)  # killed while it saved, it may have two
     scorer = c.judge.load_judge(c.JUDGE, c.QUANTIZE, rubric=rubric,
                               max_text=c.judge.text_limit(c.ATTACK_TOKENS, c.REPLY_TOKENS))
-    c.judge.check(scorer, c.JUDGE_FLOOR)
+    c.judge.check_floor(scorer, c.JUDGE_FLOOR)
     ref, tok, policy, optimizer = load_models(c, source, resumed, checkpointing)
     sft, pool = read_examples(sft_file, tok, c.SFT_KINDS, c.COT), ""
     if not c.RL_COEF and not (sft and c.SFT_COEF):
@@ -160,7 +160,7 @@ def save(scope, r, step, state):
     monitor.write_curves(r.out, r.pool if c.METHOD == "ssp" else None)
 
 
-def begin(r, meta):
+def start_logs(r, meta):
     """The run's meta.json; its logs lose what a killed run wrote after its last checkpoint."""
     run.write_meta(r.out, meta)
     monitor.truncate_metrics(r.out / "metrics.csv", r.first)

@@ -55,7 +55,7 @@ def test_the_adapter_is_what_lora_says(loaded):
 
 def test_shared_weights_and_adapters_apart(loaded):
     policy = with_lora(loaded["qwen2"][0])
-    reference = adapters.share(policy)
+    reference = adapters.twin(policy)
     for (name, a), b in zip(policy.named_parameters(), reference.parameters()):
         assert ("lora_" in name) == (a.data_ptr() != b.data_ptr())
     before = reference(IDS).logits.detach()
@@ -66,7 +66,7 @@ def test_shared_weights_and_adapters_apart(loaded):
     assert torch.equal(reference(IDS).logits, before)
     assert not torch.equal(policy(IDS).logits, before)
     plain = copy.deepcopy(loaded["qwen2"][0])
-    fresh = adapters.share(plain)  # of a model without an adapter
+    fresh = adapters.twin(plain)  # of a model without an adapter
     adapters.choose_weights(fresh, 2, 4, 0)
     assert not adapters.has_adapter(plain) and adapters.has_adapter(fresh)
 
@@ -242,7 +242,7 @@ def test_checkpointing_changes_nothing(tiny_models, kind, quantize):
 
 def test_nf4_weights_are_shared_too(tiny_models):
     model, _ = models.load_model(tiny_models["llama"], "float32", quantize=True)
-    policy = adapters.share(model)
+    policy = adapters.twin(model)
     adapters.choose_weights(policy, 2, 4, 0)
     plain = dict(model.named_parameters())
     for name, p in policy.named_parameters():
@@ -299,7 +299,7 @@ def test_only_its_own_turns_move_an_adapter(loaded):
     stage = import_stage("02_selfplay_rl")
     plain = copy.deepcopy(loaded["llama"][0])
     defender = with_lora(plain)
-    policy = dict(attacker=adapters.share(defender), defender=defender)
+    policy = dict(attacker=adapters.twin(defender), defender=defender)
     turn = Turn("attacker", "generated_harmful", {}, [5, 6], ids=[7, 8], logps=[-1.0, -1.0])
     logp_N, _ = stage.scored(policy, [turn], [0])
     logp_N.sum().backward()

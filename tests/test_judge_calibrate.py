@@ -119,7 +119,7 @@ def test_measured_figures():
         rows.append(dict(prompt="x", response=None, prompt_harmful=asked, response_refusal=None,
                          response_harmful=None, source="promptonly_x"))
         margins.append([3.0 if asked else -3.0, 0.0, 0.0])
-    out = score.measure(rows, margins, WEIGHT)
+    out = score.held_out_scores(rows, margins, WEIGHT)
     labels = out["labels"]
     assert labels["prompt_harmful"]["f1"] == labels["response_harmful"]["f1"] == 1.0
     assert (labels["prompt_harmful"]["n"], labels["response_harmful"]["n"],
@@ -137,10 +137,10 @@ def test_measured_figures():
 def test_measured_figures_are_cross_fitted():
     """Log-odds of the odd rows shifted: each half is judged by the calibration of the other."""
     rows, margins = labelled(80)
-    assert score.measure(rows, margins, WEIGHT)["labels"]["prompt_harmful"]["f1"] == 1.0
+    assert score.held_out_scores(rows, margins, WEIGHT)["labels"]["prompt_harmful"]["f1"] == 1.0
     for line in margins[1::2]:
         line[0] += 100.0
-    assert score.measure(rows, margins, WEIGHT)["labels"]["prompt_harmful"]["f1"] < 0.8
+    assert score.held_out_scores(rows, margins, WEIGHT)["labels"]["prompt_harmful"]["f1"] < 0.8
 
 
 @pytest.mark.parametrize("missing", [[], ["response_refusal"], ["response_refusal",
@@ -151,7 +151,7 @@ def test_the_picture_is_drawn(tmp_path, missing):
     made = [dict(r, source="aug_x") for r in rows]
     for row in rows:
         row.update(dict.fromkeys(missing))
-    labels = score.measure(rows + made, margins * 2, WEIGHT)["labels"]
+    labels = score.held_out_scores(rows + made, margins * 2, WEIGHT)["labels"]
     assert set(labels) == set(FIELDS) - set(missing)
     score.draw_reliability(tmp_path / "x.png", labels)
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"

@@ -366,7 +366,7 @@ def test_probe_rates_by_hand(monkeypatch, capsys):
                       lambda request, reply: "step one" in reply)
     seeds = [dict(id=str(i), prompt=f"{'bad' if i % 2 else 'good'} {i}", harmful=i % 2 == 1)
              for i in range(6)]
-    rates = sft.probe(None, None, judge, seeds, "before")
+    rates = sft.try_turns(None, None, judge, seeds, "before")
     # harmful: "", "step one" and "No."; benign: "Yes.", a refusal and "", which is no answer
     assert rates == dict(defender=4 / 6, attacker=5 / 6, asr=1 / 3, comply=1 / 3)
     assert [request for request, _ in judge.pairs] == ["bad 1", "good 0", "bad 3", "good 2",
