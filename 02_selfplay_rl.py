@@ -108,7 +108,7 @@ POOL_SIZE = 512           # failures kept at most (ours)
 MASTERED: Share = 0.8     # mean reward above which an item leaves, see selfplay/replay.py (ours)
 RUBRIC_JUDGE = ""         # METHOD=ssp: chat model that scores 1..5; "": 1 + 4 p(harmful) of JUDGE
 DECLINED_LOSES = True     # departure h; published: False
-SEED_LABELS = False       # a seed shown as it is: True: its own label; published: the judge's
+SEED_LABELS = False       # True: a plain seed has its own label (not with SSP); published: judge's
 COPY_COEF = 0.0           # charge for an attack that is its seed unchanged; ours, published: 0
 RL_COEF = 1.0             # weight of the policy loss; published: 1.0; 0: control, the SFT mix alone
 SFT = ""                  # the SFT mix: a defender.jsonl of stage 1; "": the one beside MODEL
@@ -204,7 +204,8 @@ def r_def(turn):
 
 
 def turn_reward(turn, labels):
-    """Game reward + format term (only with hidden CoT) - charge for a copy; None drops the turn."""
+    """Game reward + format term (only with hidden CoT) - charge for a copy; None drops the turn.
+    SEED_LABELS: the label of what the defender saw is the seed's own where nobody rewrote it."""
     ssp, drifted = METHOD == "ssp", has_drifted(turn)
     if SEED_LABELS and turn.kind.startswith("vanilla"):
         labels = dataclasses.replace(labels, prompt_harmful=turn.kind == "vanilla_harmful")

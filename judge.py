@@ -423,12 +423,12 @@ def print_scores(judge, rows):
     for scores in label_scores(rows, matched, ["response_refusal"]).values():
         print(f"refusal matcher   n {scores['n']}  f1 {scores['f1']:.3f}  "
               "(openings only, for comparison)")
-    right = pandas.DataFrame(index=[str(row.get("source") or "") for row in rows], dtype=float)
+    right = pandas.DataFrame(index=[str(row.get("source") or "") for row in rows])
     for field in FIELDS:
         right[field] = [getattr(x, field) is row[field] if row.get(field) is not None else None
                         for row, x in zip(rows, labels)]
     if right.index.nunique() > 1:
-        by_source = right.astype(float).groupby(level=0).agg(["mean", "count"])
+        by_source = right.astype(float).groupby(level=0).agg(["mean", "count"]).round(3)
         print(f"share of right labels, and of how many:\n{by_source.to_string(na_rep='-')}")
     failed = [x.parsed for x in labels].count(False)
     print(f"not parsed {failed} of {len(rows)}; texts cut at {judge.max_text} tokens: "

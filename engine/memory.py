@@ -173,7 +173,7 @@ def needed(rows, gpu):
     return need * (1.0 if gpu else ON_CPU), phase
 
 
-def report(rows, stop, free, where, gpu):
+def print_plan(rows, stop, free, where, gpu):
     """Print a plan against the `free` bytes of the device `where`. stop: end the run where it does
     not fit."""
     need, phase = needed(rows, gpu)

@@ -50,8 +50,8 @@ def plan_run(constants, config, tok, judges, judge_tokens, size, seeds, attacked
         checkpointing = memory.needed(plan(fewest, False), gpu)[0] > free
     while together > fewest and memory.needed(plan(together, checkpointing), gpu)[0] > free:
         together = max(fewest, together - 8)
-    memory.report(plan(together, checkpointing), c.MEMORY_CHECK and gpu and not c.PLAN_ONLY, free,
-                 where, gpu)
+    stop = c.MEMORY_CHECK and gpu and not c.PLAN_ONLY
+    memory.print_plan(plan(together, checkpointing), stop, free, where, gpu)
     if card:
         work = dict(attack=(attacked, together, attack, c.ATTACK_TOKENS),
                     reply=(games, together, reply, c.REPLY_TOKENS))

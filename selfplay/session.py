@@ -58,7 +58,7 @@ def check_constants(c, source):
     run.check_fields(taught, f"{source}/meta.json", dict(constants=dict))
     if taught["constants"].get("COT", c.COT) != c.COT:
         die(f"COT={c.COT}, but {c.MODEL} was trained with COT={not c.COT}: run 01 with "
-            f"COT={c.COT} and another RUN=, and give what it makes as MODEL")
+            f"COT={c.COT} RUN=<name>, then give MODEL=checkpoints/<name>")
 
 
 def load_models(c, source, resumed, checkpointing):

@@ -89,8 +89,8 @@ def test_a_plan_for_a_card_elsewhere(here, monkeypatch, capsys):
 def test_slots_are_as_many_as_fit(here, monkeypatch, capsys):
     """On a card that is too small for all rows the plan takes fewer; checkpointing where even the
     fewest leave no room. The plain way does not give way."""
-    seen, real = [], memory.report
-    monkeypatch.setattr(memory, "report", lambda rows, *a: seen.append(rows) or real(rows, *a))
+    seen, real = [], memory.print_plan
+    monkeypatch.setattr(memory, "print_plan", lambda rows, *a: seen.append(rows) or real(rows, *a))
     monkeypatch.setattr(rl, "CARD", "RTX 3090")
     monkeypatch.setattr(rl, "TRAIN_TOKENS", 64)
     session.plan_memory(vars(rl), here, SEEDS)
