@@ -123,8 +123,7 @@ def check_folder(folder, checkpoint, base, digests, defenders):
                  COT=checkpoint.cot,
                  checkpoint=checkpoint.digest, base=base.digest, base_format=base.style,
                  prompts=sha(*map(read_prompt, SHOWN)), **digests)
-    file = folder / "meta.json"
-    old = run.read_json(file, fixed=dict)["fixed"] if file.is_file() else {}
+    old = run.read_json(folder / "meta.json", missing=dict(fixed={}), fixed=dict)["fixed"]
     other = [f"{k}={old[k]} (now {v})" for k, v in fixed.items() if old.get(k, v) != v]
     if other:
         die(f"{run.short(folder)} was made with {', '.join(other)}: delete it or give another RUN=")
@@ -298,7 +297,7 @@ def clock(file, start):
     """-> note(phase): write the seconds since the last call into this run's entry in `file`. A run
     that was killed and went on has several entries. start: date and time, for the entry."""
     seconds, last = {}, time.time()
-    runs = run.read_json(file, kind=list) if file.is_file() else []
+    runs = run.read_json(file, kind=list, missing=[])
     runs.append(dict(start=start, seconds=seconds))
 
     def note(phase):

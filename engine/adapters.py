@@ -24,16 +24,6 @@ def base_of(folder):
     return read_json(folder / CONFIG, **{BASE: str})[BASE]
 
 
-def add_lora(model, rank, alpha, seed):
-    """Give a model a new adapter, which changes nothing yet (B is 0). Only it learns: all other
-    weights are frozen."""
-    from peft import LoraConfig
-    torch.manual_seed(seed)
-    model.requires_grad_(False)
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear",
-                                 lora_dropout=0.0))
-
-
 def attach(model, folder, read_tensors):
     """Give a model the adapter in a folder. One that is damaged, or of another model, stops.
     read_tensors: path -> {name: tensor}, stops by itself."""
@@ -74,13 +64,16 @@ def has_adapter(model):
 
 def choose_weights(model, rank, alpha, seed):
     """Say what of a loaded model learns: all weights (rank 0), its adapter, which must be of that
-    rank and alpha, or a new one."""
+    rank and alpha, or a new one, which changes nothing yet (B is 0)."""
+    from peft import LoraConfig
     own = model.peft_config["default"] if has_adapter(model) else None
     if own and (own.r, own.lora_alpha) != (rank, alpha):
         die(f"MODEL is an adapter: give LORA_RANK={own.r} LORA_ALPHA={own.lora_alpha}, or make an "
             "ordinary model of it (python -m engine.merge)")
     if rank and not own:
-        add_lora(model, rank, alpha, seed)
+        torch.manual_seed(seed)
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear",
+                                     lora_dropout=0.0))
     for name, p in model.named_parameters():
         p.requires_grad_(not rank or "lora_" in name)
 

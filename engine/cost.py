@@ -26,11 +26,8 @@ JUDGE_PROMPT = 250     # tokens of the judge's instructions around an exchange
 
 def find_card(name):
     """The card of CARDS with the longest name in a device's name -> (its name, Card) or None."""
-    best = ""
-    for known in CARDS:
-        if known in name and len(known) > len(best):
-            best = known
-    return (best, CARDS[best]) if best else None
+    best = max((known for known in CARDS if known in name), key=len, default=None)
+    return best and (best, CARDS[best])
 
 
 def seconds(card, model, judges, size, optimizer, turns, updates, rank=0, nf4=False,

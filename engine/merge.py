@@ -34,8 +34,7 @@ def main(argv):
     if out.exists():
         run.die(f"{run.brief(argv[1])} exists: give a new folder")
     model, tok = models.load_model(str(folder), "float32")
-    meta = folder / "meta.json"
-    made = run.read_json(meta) if meta.is_file() else dict(constants={})
+    made = run.read_json(folder / "meta.json", missing=dict(constants={}))
     models.save_checkpoint(out, merge(model), tok, dict(made, stage="engine/merge.py"))
     print(f"made {run.short(out)}")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from engine import adapters, attention, parallel
-from engine.run import (CHECKPOINTS, die, drop_old_states, explain, file_digest, locate,
+from engine.run import (CHECKPOINTS, die, drop_old_states, explain, file_digest, from_hub, locate,
                         read_json, replace_folder, short)
 
 EMBEDDED = "smollm2"
@@ -61,7 +61,7 @@ def load_model(name, dtype="auto", quantize=False, frozen=False):
         adapters.attach(model, Path(path), read_tensors)
         return model, tok
     extra = dict(dtype=pick_dtype(dtype, frozen or quantize), use_safetensors=True,
-                 attn_implementation="sdpa" if torch.cuda.is_available() else attention.register())
+                 attn_implementation="sdpa" if torch.cuda.is_available() else attention.folded())
     if quantize:
         hint_nf4()
         compute = pick_dtype("auto" if torch.cuda.is_available() else "bfloat16", frozen=True)
@@ -212,15 +212,11 @@ def check_hub(name):
     if name.startswith((".", "/", "checkpoints")) or name.count("/") != 1:
         die(f"model folder {name!r} not found"
             + (": run python 01_sft_warmup.py first" if "01_sft" in name else ""))
-    try:
+    with from_hub(f"model {name!r} is no local folder and"):
         cached = try_to_load_from_cache(name, "config.json")
         if isinstance(cached, str):
             return Path(cached).parent.name  # snapshots/<commit>/config.json
         return HfApi().model_info(name, timeout=5).sha
-    except Exception as problem:  # a dozen unrelated types here; each means "not to be had"
-        die(f"model {name!r} is no local folder and the Hugging Face hub did not give it "
-            f"({type(problem).__name__}): check the name, your network, and for gated models "
-            "`hf auth login`")
 
 
 def unpack_embedded():

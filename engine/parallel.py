@@ -71,9 +71,8 @@ def alone():
 def deal(sizes):
     """Sizes of pieces of work -> for each process the indices of its pieces, ascending. The largest
     come first, each goes to the process that has the least."""
-    shares, loads = [], [0] * number_of()
-    for _ in loads:
-        shares.append([])
+    loads = [0] * number_of()
+    shares = [[] for _ in loads]
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         least = loads.index(min(loads))
         shares[least].append(i)

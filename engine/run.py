@@ -4,6 +4,7 @@ A stage keeps its constants at its top, one a line, between two rulers; each can
 command line as NAME=value. Its type says what is allowed: `Literal["a", "b"]` a choice, `Share` a
 number from 0 to 1, `Count` an int of 0 or more, int 1 or more (0 or more where the default is 0),
 float finite and 0 or more."""
+import contextlib
 import difflib
 import errno
 import fcntl
@@ -84,6 +85,16 @@ def guarded(main, argv):
         die(line)
 
 
+@contextlib.contextmanager
+def from_hub(what):
+    """Stop with one line where `what` cannot be had from the Hugging Face hub."""
+    try:
+        yield
+    except Exception as problem:  # a dozen unrelated types; each means "not to be had"
+        die(f"{what} did not come ({type(problem).__name__}): check the name and the network, or "
+            "give a folder or file; what is gated needs its terms accepted and `hf auth login`")
+
+
 def doing(text):
     """Note for guarded() what is being done, e.g. " in step 41; the same command goes on"."""
     global _doing
@@ -145,9 +156,11 @@ def read_text(path):
         die(f"{short(path)}: not UTF-8 ({problem.reason} in line {line}): correct or delete it")
 
 
-def read_json(path, *keys, kind=dict, **fields):
+def read_json(path, *keys, kind=dict, missing=None, **fields):
     """A JSON file -> its value, of the type `kind` and with all `keys` and fields (name=type); any
-    other stops."""
+    other stops. missing: what to give where there is no file."""
+    if missing is not None and not Path(path).is_file():
+        return missing
     value = parse_json(read_text(path), short(path), kind)
     check_fields(value, short(path), dict.fromkeys(keys, object) | fields)
     return value
@@ -235,15 +248,13 @@ def configure(scope, argv, title=None):
         print(f"{scope['__doc__'].strip()}\n\n{block.strip()}")
         sys.exit(0)
     said = []
-    for word in argv:
+    for word in sorted(argv, key=lambda word: word not in RECIPES):  # recipes come first
         if word in RECIPES:
             block = scope.get(RECIPES[word])
             if not block:
                 die(f"{script.name} has no {word} block")
             scope.update(block)
             said.append(f"{word}: " + ", ".join(f"{k}={v}" for k, v in block.items()))
-    for word in argv:
-        if word in RECIPES:
             continue
         name, equals, text = word.partition("=")
         if not equals or name not in defaults:

@@ -5,6 +5,7 @@ V vocabulary, D hidden size, N = sum of T over a batch's turns (completions laid
 import torch
 
 from engine import library, parallel, progress, shards, slots
+from engine.attention import register
 from engine.batching import chunks, pad, shared_opening
 
 # Tokens between two looks at which rows have ended: on a GPU each look waits for the device.
@@ -48,8 +49,7 @@ def _grouped_attention():
     """Register "grouped" attention. For one new token it folds the query heads of a group into the
     query length: keys and values are read in place, not repeated for each query head."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.masking_utils import sdpa_mask
 
     def grouped(module, query, key, value, attention_mask, scaling=None, **kwargs):
         B, H, L, D = query.shape
@@ -60,9 +60,7 @@ def _grouped_attention():
             query.view(B, key.shape[1], -1, D), key, value, attn_mask=attention_mask, scale=scaling)
         return out.reshape(B, 1, H, D), None
 
-    ALL_ATTENTION_FUNCTIONS.register("grouped", grouped)
-    ALL_MASK_ATTENTION_FUNCTIONS.register("grouped", sdpa_mask)
-    return "grouped"
+    return register("grouped", grouped, sdpa_mask)
 
 
 def nucleus(logits_BV, temperature, top_p):
@@ -163,11 +161,9 @@ def _sample(model, tok, prompts, max_new, temperature, batch, generator, top_p, 
                 pairs = library.complete(model, tok, some, max_new, temperature, batch,
                                          top_p, generator)
             else:
-                done = 0
-                for part in parts:
-                    pairs += _decode(model, tok, [prompts[order[k]] for k in part],
-                                     uniform_NT[done:done + len(part)], pick, bar)
-                    done += len(part)
+                for part, uniform_BT in zip(parts, uniform_NT.split(list(map(len, parts)))):
+                    rows = [prompts[order[k]] for k in part]
+                    pairs += _decode(model, tok, rows, uniform_BT, pick, bar)
     finally:
         model.train(training).set_attn_implementation(before)
     found = parallel.gather({order[k]: pair for k, pair in zip(share, pairs)})

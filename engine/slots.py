@@ -6,17 +6,10 @@ S slots, M positions of a slot, b slots in use; the other letters are those of s
 import torch
 
 from engine import progress
+from engine.attention import register
 from engine.batching import micro_batches, pad, shared_opening
 
 FREE = 0.85  # of the free device memory that keys and values may take; the rest is for a pass
-
-
-def register(attend):
-    """Make an attention known to transformers as "slots"; it gets no mask."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    ALL_ATTENTION_FUNCTIONS.register("slots", attend)
-    ALL_MASK_ATTENTION_FUNCTIONS.register("slots", lambda *args, **kwargs: None)
 
 
 def slots_that_fit(model, length, most):
@@ -224,7 +217,7 @@ def complete(model, tok, prompts, uniform_NT, slots, every, pick, prefill, prefi
     if device.type == "cuda":
         slots = slots_that_fit(model, M, len(prompts))
     s = Slots(model, tok.stop_ids, min(slots, len(prompts)), M, max_new, pick)
-    register(s.attend)
+    register("slots", s.attend, lambda *args, **kwargs: None)  # it gets no mask
     before = model.config._attn_implementation
     # held: {slot: its prompt}
     waiting, held, out = list(range(len(prompts))), {}, [None] * len(prompts)

@@ -3,11 +3,10 @@
 They come from a folder with the files as their authors publish them, or from the Hugging Face hub.
 A missing benchmark is skipped with a line. A bad file (no UTF-8, a missing column, a row without
 text) stops the run with its name and line."""
-import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.run import die
+from engine.run import die, from_hub
 from selfplay.data import load_hub_dataset, read_table
 
 
@@ -59,16 +58,6 @@ BENCHMARKS = [Benchmark(*line) for line in (
     ("dan", True, "dan/*.jsonl", "", "adversarial"))]
 
 
-@contextlib.contextmanager
-def from_hub(what):
-    """Stop with one line where `what` cannot be had from the Hugging Face hub."""
-    try:
-        yield
-    except Exception as problem:  # a dozen unrelated types, one meaning (as in models.check_hub)
-        die(f"{what} did not come ({type(problem).__name__}): check the network, or give "
-            "DATA_DIR=<folder with the files>")
-
-
 def find_files(folder, patterns):
     """The files of the first pattern (of several, spaces between) that `folder` has, by name."""
     for pattern in patterns.split():
@@ -110,8 +99,6 @@ def items_of(b, place, rows, several=False):
     in any case. several: ids begin with the file's name."""
     items = []
     for number, (line, row) in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            die(f"{place} line {line}: a row must be an object with named fields")
         row = {name.strip().lower(): value for name, value in row.items()}
         column = next((c for c in b.prompt.split() if c in row), b.prompt)
         wanted = next((values for values in b.keep if values.keys() <= row.keys()), b.keep[0])

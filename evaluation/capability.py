@@ -11,13 +11,11 @@ import copy
 import csv
 import functools
 import io
-import json
 import logging
 from pathlib import Path
 
 from engine.batching import chunks, evenly
-from engine.run import die, read_json
-from evaluation.benchmarks import from_hub
+from engine.run import die, from_hub, read_json
 from evaluation.scores import rate
 from selfplay.data import append_missing, read_table, rows_by_id
 

@@ -33,15 +33,10 @@ def find_checkpoint(name, style, base_style):
     if path is None and not name.startswith(("checkpoints", "adapters/")):
         commit = models.check_hub(name)  # stops by itself
         return Checkpoint(Path(name).name, name, base_style, True, sha(name, commit))
-    def whole(folder):
-        if adapters.is_adapter(folder):
-            return (folder / adapters.WEIGHTS).is_file()
-        return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
-
     if path and not (path / "config.json").is_file() and not adapters.is_adapter(path):
         newest = max(path.glob(f"{STEP}/meta.json"), default=None)  # not of a .tmp folder
         path = newest.parent if newest else None
-    if not (path and whole(path)):
+    if not path or not any(path.glob("*model*.safetensors")):
         die(f"{brief(name)}: no complete checkpoint: run 01_sft_warmup.py, then 02_selfplay_rl.py"
             + (", or python bench/claims.py" if name.startswith("adapters/") else ""))
     meta, constants = path / "meta.json", {}
@@ -100,8 +95,7 @@ def line_up(players, base):
 def parent_of(checkpoint, others, before):
     """The one of `others` that a checkpoint was trained from (by its meta.json), asked in the same
     way if there is such a one; else `before`."""
-    meta = Path(checkpoint.path) / "meta.json"
-    name = read_json(meta).get("parent", "") if meta.is_file() else ""
+    name = read_json(Path(checkpoint.path, "meta.json"), missing={}).get("parent", "")
     path = models.unpack_embedded() if name == models.EMBEDDED else locate(str(name))
     for other in sorted(others, key=lambda other: other.style != checkpoint.style):
         if path and Path(other.path).resolve() == path.resolve():

@@ -32,11 +32,6 @@ WINDOW = 10               # steps a thick line is the mean of (as in curves.png)
 # ==================================================================================================
 
 
-def read_json(path, kind=dict, **fields):
-    """The content of a JSON file, as run.read_json() takes it; empty without a file."""
-    return run.read_json(path, kind=kind, **fields) if path.is_file() else kind()
-
-
 def read_metrics(path):
     """metrics.csv -> rows of cells, the header first; without a row that is still being written."""
     rows = list(csv.reader(run.read_log(path, heal=False).splitlines()))
@@ -129,9 +124,9 @@ def main(argv):
     run.configure(globals(), argv)
     folder = run.RUNS / (f"{RUN}_limit{LIMIT}" if LIMIT else RUN)
     names = find_runs(CURVES.replace(",", " ").split(), "metrics.csv")
-    summary, texts = read_json(folder / "summary.json", benchmarks=dict, changes=dict,
-                               checkpoints=dict, constants=dict, machine=str), {}
-    times = read_json(folder / "times.json", list)
+    summary, texts = run.read_json(folder / "summary.json", missing={}, benchmarks=dict,
+                                   changes=dict, checkpoints=dict, constants=dict, machine=str), {}
+    times = run.read_json(folder / "times.json", kind=list, missing=[])
     for entry in times:
         run.check_fields(entry, run.short(folder / "times.json"), dict(start=str, seconds=dict))
     if not (summary or names):

@@ -52,7 +52,6 @@ AUGMENT_HELD = 1800       # augmented rows of held-out prompts and wordings, the
 AUGMENT = 14000           # augmented rows, spread over the kinds of augment.py (ours)
 RANK = 32                 # LoRA rank, all linear layers (ours; CARD.md has what was compared)
 ALPHA = 64                # LoRA alpha (ours)
-FIRST_LAYER = 0           # LoRA from this decoder layer up to the last (ours)
 LR = 5e-4                 # peak, cosine to 0 (ours)
 BATCH = 16                # rows an update (ours)
 MAX_UPDATES = 560         # stop here at the latest; the schedule ends there too (hardware)
@@ -262,11 +261,7 @@ def train_adapter(rows):
     """A LoRA on the embedded model -> judge_adapter/."""
     from peft import LoraConfig
     model, tok = models.load_model(models.EMBEDDED)
-    depth = model.config.num_hidden_layers
-    if FIRST_LAYER >= depth:
-        run.die(f"FIRST_LAYER={FIRST_LAYER}: the model has {depth} layers, from 0 on")
-    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, task_type="CAUSAL_LM", target_modules=LINEAR,
-                      layers_to_transform=list(range(FIRST_LAYER, depth)))
+    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, task_type="CAUSAL_LM", target_modules=LINEAR)
     if INIT:  # with its own rank and layers
         adapters.attach(model, Path(INIT), models.read_tensors)
     else:

@@ -7,8 +7,8 @@ import random
 from pathlib import Path
 
 from engine import parallel, progress
-from engine.run import (TRUTH, brief, check_fields, die, locate, parse_json, read_log, read_text,
-                        short)
+from engine.run import (TRUTH, brief, check_fields, die, from_hub, locate, parse_json, read_log,
+                        read_text, short)
 
 SPLITS = ("train", "dev", "test")
 LONGEST = 4000            # bytes of a seed: no tokenizer makes more tokens of it (ours)
@@ -48,12 +48,12 @@ def read_table(path):
     return rows
 
 
-def _json_lines(path, text, kind=None):
-    """[(line number, value, of the type `kind`)] of the lines that are not empty."""
+def _json_lines(path, text):
+    """[(line number, JSON object as dict)] of the lines that are not empty."""
     rows = []
     for n, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON may hold other line ends
         if line.strip():
-            rows.append((n, parse_json(line, f"{short(path)} line {n}", kind)))
+            rows.append((n, parse_json(line, f"{short(path)} line {n}", dict)))
     return rows
 
 
@@ -70,18 +70,14 @@ def read_exchanges(path, *keys):
     number."""
     if not Path(path).is_file():
         die(f"{path} not found")
-    rows = read_table(path)
-    for n, row in rows:
-        if (not isinstance(row, dict) or not isinstance(row.get("prompt"), str)
-                or not isinstance(row.get("response"), (str, type(None)))):
-            die(f"{path} line {n}: `prompt` must be text, `response` text or null")
-    return _checked(path, rows, keys, LABELS)
+    types = dict(LABELS, prompt=str, response=str | None)
+    return _checked(path, read_table(path), ["prompt", *keys], types)
 
 
 def read_rows(path, *keys, heal=True):
     """Rows of a log of JSON objects, [] where there is none; each must have all `keys`. heal: as in
     read_log()."""
-    return _checked(path, _json_lines(path, read_log(path, heal), dict), keys, TYPES)
+    return _checked(path, _json_lines(path, read_log(path, heal)), keys, TYPES)
 
 
 def rows_by_id(path, *keys, heal=True):
@@ -183,19 +179,16 @@ def _hub_seeds(name):
     endings = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
     if locate(name) or name.endswith(endings) or name.count("/") != 1 or "prompts/" in name:
         die(f"SEEDS: {brief(name)} {'is a folder' if locate(name) else 'not found'}: give a file")
-    try:
+    with from_hub(f"SEEDS: {brief(name)} is no file and"):
         table = load_hub_dataset(name, "train", split="train", delimiter="\t",
                                  keep_default_na=False)
-    except Exception as problem:  # a dozen unrelated types; each means "not to be had"
-        die(f"SEEDS: {brief(name)} is no file and the Hugging Face hub did not give it "
-            f"({type(problem).__name__}); for gated data accept its terms and run `hf auth login`")
     return [(n, dict(prompt=row["vanilla"], harmful="harmful" in row["data_type"]))
             for n, row in enumerate(table, 1) if row["data_type"].startswith("vanilla")]
 
 
 def _seed(row, where, default_id):
     """One checked seed. where: its file and line, for the error messages."""
-    prompt = row.get("prompt") if isinstance(row, dict) else None
+    prompt = row.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         die(f"{where}: a seed needs a non-empty text field `prompt`")
     harmful = TRUTH.get(str(row.get("harmful")).strip().lower())

@@ -1,7 +1,6 @@
 """Monitoring: metrics of each step, the log line, the games file, the curves, the tracker."""
 import dataclasses
 import importlib.util
-import json
 import math
 import re
 
@@ -138,12 +137,6 @@ def game_rows(step, turns):
             rows.append(dict(step=step, game=t.game, kind=t.kind, seed=t.seed["id"],
                              request=t.request, labels=dataclasses.asdict(t.labels), **sides))
     return rows
-
-
-def write_games(path, rows):
-    """Append game_rows() to games.jsonl."""
-    with open(path, "a", encoding="utf-8") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 PANELS = {  # title -> {column of metrics.csv: legend}

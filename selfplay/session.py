@@ -170,6 +170,7 @@ def start_logs(r, meta):
 def record(r, step, turns, m, tracker):
     """A step's games and metrics, into the run's results."""
     rows = monitor.game_rows(step, turns)
-    monitor.write_games(r.out / "games.jsonl", rows)
+    with open(r.out / "games.jsonl", "a", encoding="utf-8") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
     monitor.write_metrics(r.out / "metrics.csv", m)
     tracker.log(step, m, rows)

@@ -66,8 +66,7 @@ def test_context_stands_above_the_behavior():
     ("xstest_safe", dict(id="1", prompt="  ", label="safe"), ["line 5", "empty 'prompt'"]),
     ("xstest_safe", dict(id="1", prompt=None, label="safe"), ["line 5", "empty 'prompt'"]),
     ("wildjailbreak_benign", dict(adversarial="<b>"), ["line 5", "'data_type' is missing"]),
-    ("dan", dict(adversarial=3), ["line 5", "empty 'adversarial'"]),
-    ("dan", ["<a>"], ["line 5", "object"])])
+    ("dan", dict(adversarial=3), ["line 5", "empty 'adversarial'"])])
 def test_a_bad_row_stops_with_its_line(name, row, words):
     line = stops(benchmarks.items_of, named(name), "a.csv", [(5, row)])
     assert all(w in line for w in words), line
@@ -158,7 +157,8 @@ def test_several_files_of_one_benchmark_have_ids_of_their_own(tmp_path):
 @pytest.mark.parametrize("file, text, words", [
     ("xstest/xstest_prompts.csv", table(["id", "prompt", "label"], ["1", "<u>", "unsafe"]),
      ["xstest_prompts.csv", "no row with {'label': 'safe'}"]),
-    ("or_bench/or_bench-toxic.csv", "prompt,category\n", ["or_bench-toxic.csv", "no row"])])
+    ("or_bench/or_bench-toxic.csv", "prompt,category\n", ["or_bench-toxic.csv", "no row"]),
+    ("dan/x.jsonl", '{"adversarial": "<a>"}\n["<b>"]\n', ["x.jsonl line 2", "not a JSON dict"])])
 def test_a_file_without_any_row_of_its_kind_stops(tmp_path, file, text, words):
     write(tmp_path / file, text)
     assert all(w in stops(benchmarks.load_benchmarks, tmp_path) for w in words)

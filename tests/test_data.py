@@ -75,7 +75,7 @@ def test_read_exchanges(tmp_path):
 
 @pytest.mark.parametrize("line, says", [
     ('{"prompt": "x"', "not JSON"),
-    ("[1]", "prompt"),
+    ("[1]", "not a JSON dict"),
     ('{"response": "x"}', "prompt"),
     ('{"prompt": 1}', "prompt"),
     ('{"prompt": null}', "prompt"),
@@ -211,7 +211,7 @@ def test_no_seed_that_ships_is_there_twice():
     ('{"prompt": "x", "harmful": "maybe"}', ["harmful", "'maybe'"]),
     ('{"prompt": "x", "harmful": null}', ["harmful"]),
     ('{"prompt": "x", "harmful": 2}', ["harmful"]),
-    ('["x", true]', ["prompt"]),
+    ('["x", true]', ["not a JSON dict"]),
     ('{"prompt": "x", "harmful": true, "split": "held_back"}',
      ["`split` must be train, dev or test", "'held_back'"]),
 ])

@@ -210,7 +210,7 @@ def test_folded_attention_is_eager_attention(loaded):
         model, tok = loaded[kind]
         rows, encoded = real_rows()[:3], []
         out = []
-        for name in ("eager", attention.register()):
+        for name in ("eager", attention.folded()):
             model = copy.deepcopy(loaded[kind][0]).double().requires_grad_(True)
             model.set_attn_implementation(name)
             scorer = Judge(model, tok)
@@ -353,5 +353,4 @@ def test_main_writes_an_adapter_that_the_judge_loads(command, tmp_path, capsys):
 
 def test_main_says_what_is_missing(command, tmp_path):
     assert "no_such_folder" in stops(command, "DATA_DIR=no_such_folder")
-    assert "2 layers" in stops(command, "FIRST_LAYER=2")
     assert "adapter_model.safetensors" in stops(command, f"INIT={tmp_path}")

@@ -34,7 +34,7 @@ def test_parameters_are_those_of_the_model(tiny_models, kind, tied):
     assert s.weights == packed + biases + 5 * 64 + embedding * (1 if tied else 2)
     assert (s.layers, s.hidden, s.inner, s.heads, s.kv_heads, s.head_dim, s.vocab) == (
         2, 64, 128, 4, 2, 16, config.vocab_size)
-    adapters.add_lora(model, 3, 3, 0)
+    adapters.choose_weights(model, 3, 3, 0)
     assert 3 * s.ports == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
 
 

@@ -12,7 +12,7 @@ import pytest
 from helpers import read_jsonl, stops
 
 from judge import Labels, settle
-from selfplay import monitor
+from selfplay import monitor, session
 from selfplay.turns import Turn
 
 SEED = dict(id="s", prompt="<harmful seed #1>", harmful=True)
@@ -95,10 +95,10 @@ def test_metrics_file_has_one_header_and_five_digits(tmp_path):
 
 
 def test_games_file(tmp_path):
-    path = tmp_path / "games.jsonl"
+    r = types.SimpleNamespace(out=tmp_path)
     for step in (1, 2):
-        monitor.write_games(path, monitor.game_rows(step, step_turns()))
-    games = read_jsonl(path)
+        session.record(r, step, step_turns(), dict(step=step), monitor.Tracker("", "", {}, tmp_path))
+    games = read_jsonl(tmp_path / "games.jsonl")
     assert [(g["step"], g["game"]) for g in games] == [
         (step, game) for step in (1, 2) for game in range(4)]
 

@@ -7,7 +7,7 @@ import torch
 from engine_tools import chi_square_p, frequent_stops, ragged_prompts
 from helpers import KINDS, seeded
 
-from engine import adapters, sampling, slots
+from engine import adapters, attention, sampling, slots
 from engine.logprobs import token_logprobs
 from engine.sampling import sample
 
@@ -167,7 +167,7 @@ def test_a_token_step_waits_for_no_device(loaded):
     CPU."""
     model = copy.deepcopy(loaded["qwen2"][0]).to("meta")
     s = slots.Slots(model, [1, 2], 4, 12, 5, lambda logits, u: sampling.draw(logits, 1.0, u))
-    slots.register(s.attend)
+    attention.register("slots", s.attend, lambda *args, **kwargs: None)
     model.set_attn_implementation("slots")
     with torch.no_grad():
         s.step(3)
