@@ -4,6 +4,7 @@
                                                   on 2 CPU cores; the same command goes on
     python bench/claims.py PLAN_ONLY=true         the commands only
     python bench/claims.py ARMS=selfplay,sft_alone    these arms, and those that they start from
+    python bench/claims.py TRAIN=false            evaluate the arms that are kept
     python bench/claims.py TABLE_ONLY=true        the table from what is there
 
 1. Train: GRID below. All arms are adapters of one rank, with the same number of steps; arms with
@@ -12,9 +13,10 @@
 2. Keep, after each arm: ADAPTERS_DIR/ARM (adapter in bfloat16, meta.json, a warm-up's SFT mix),
    results/reference/RUN/ARM (metrics.csv, 20 games, of SSP's arms the attacks that worked). An arm
    that is kept is finished: with these files the grid goes on on another machine.
-3. Evaluate by 03. Each arm answers the held-back seeds, the benchmarks of DATA_DIR and the attacks
-   of every arm in attackers_of(); the SSP arms also the attacks that worked in training. The labels
-   are kept (bench/outcomes.py), so of an arm that comes later the others answer the attacks only.
+3. Evaluate by 03. Each arm, and the model before its warm-up ("base"), answers the held-back
+   seeds, the benchmarks of DATA_DIR and the attacks of every arm in attackers_of(); the SSP arms
+   also attacks that worked in their training. The labels are kept (bench/outcomes.py), so of an arm
+   that comes later the others answer the attacks only.
 4. Best response: a final defender is frozen and its attacker trained on, on attacked games only;
    its success before and after. These attackers stay in checkpoints/ and are never kept.
 5. Write results/reference/RUN/claims.md and .json, of SPLIT=test claims_test.md and .json
@@ -24,7 +26,6 @@
 Choices of ours: an arm without hidden thinking starts from a warm-up without it; random seeds
 differ in 02, not in the warm-up; the SFT mix is left out of 4, since it teaches the defender.
 """
-import hashlib
 import json
 import shlex
 import shutil
@@ -38,12 +39,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import judge  # noqa: E402
 import launcher  # noqa: E402
 import outcomes  # noqa: E402
-import pandas  # noqa: E402
 import torch  # noqa: E402
 import verdicts  # noqa: E402
-from engine import adapters, batching, run  # noqa: E402
+from engine import adapters, batching, models, run  # noqa: E402
 from engine.run import die  # noqa: E402
-from evaluation import attackers, crossplay, publish, tables  # noqa: E402
+from evaluation import attackers, crossplay, players, publish, tables  # noqa: E402
+from evaluation.benchmarks import load_benchmarks  # noqa: E402
 from evaluation.scores import rate  # noqa: E402
 from selfplay.data import halves, load_seeds, read_rows, seeds_digest  # noqa: E402
 
@@ -64,6 +65,7 @@ DATA_DIR = ""             # benchmarks for 03; "": held-back seeds only
 LIMIT = 0                 # prompts of a benchmark at most; 0: all
 ADAPTERS_DIR = "adapters"  # where finished arms are kept
 RUN = "claims"            # names results/runs/RUN, results/reference/RUN and, with _ARM, the runs
+TRAIN = True              # train the arms that are missing; False: evaluate those that are kept
 PLAN_ONLY = False         # print the commands and stop (display)
 TABLE_ONLY = False        # train and ask nothing (display)
 # ==================================================================================================
@@ -83,6 +85,7 @@ GRID = {  # arm: (the arm that it starts from, what it changes); from none: a wa
     "ssp_plain": ("warmup", f"{SSP} REPLAY=plain"),
     "ssp_reflect": ("warmup", f"{SSP} REPLAY=reflect")}
 SSP_ARMS = ("ssp_off", "ssp_plain", "ssp_reflect")
+BASE = "base"             # the model before its warm-up, among the arms that are evaluated
 GAMES, MET = 20, 40       # games kept of a run; attacks kept that worked
 BENIGN = 8                # benign seeds beside them, since 03 wants both kinds
 
@@ -123,7 +126,7 @@ def run_of(arm):
 
 def kept_at(arm):
     """The folder of an arm's adapter, as a command names it."""
-    return f"{ADAPTERS_DIR}/{arm}"
+    return MODEL if arm == BASE else f"{ADAPTERS_DIR}/{arm}"
 
 
 def command(arm):
@@ -193,11 +196,14 @@ def attackers_of(arms):
 
 
 def all_commands(arms):
-    """The commands that arms need from nothing. Those on attacks run once for each set of attackers
-    that arms have not met; the RUN has then a digest of the attacks at its end."""
-    out = [*map(command, arms), own_command(arms), file_command(results("_attacked"), arms)]
-    if set(SSP_ARMS) <= set(arms):
-        out.append(file_command(results("_met"), SSP_ARMS))
+    """The commands that arms need from nothing. Those on attacks run once for each attacker."""
+    asked = [BASE, *arms]
+    out = [*map(command, arms), own_command(asked)]
+    for attacker in attackers_of(arms):
+        out.append(file_command(results(f"_attacked_{attacker}"), asked))
+    met = [arm for arm in SSP_ARMS if arm in arms]
+    if len(met) > 1:
+        out.append(file_command(results("_met"), met))
     targets = responses(arms)
     out += map(response_command, targets)
     return out + ([response_evaluation(targets)] if targets else [])
@@ -251,7 +257,7 @@ def keep(arm, source):
     folder = copy_metrics(arm)
     write_rows(folder / "games_sample.jsonl", batching.evenly(games, GAMES))
     if arm in SSP_ARMS:
-        write_rows(folder / "met.jsonl", batching.evenly(worked(arm, games), MET))
+        write_rows(met_file(arm), batching.evenly(worked(arm, games), MET))
 
     target = run.ROOT / kept_at(arm)
     tmp = target.with_name(f"{arm}.tmp")
@@ -280,10 +286,14 @@ def copy_metrics(name):
     return folder
 
 
+def met_file(arm):
+    """Attacks that worked in the training of an SSP arm; empty if none did."""
+    return run.REFERENCE / RUN / arm / "met.jsonl"
+
+
 def write_rows(path, rows):
-    """Rows as JSON lines; no file without rows."""
-    if rows:
-        run.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    """Rows as JSON lines."""
+    run.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def worked(arm, games):
@@ -307,7 +317,10 @@ def known_outcomes(arms):
     for name in (JUDGE, JUDGE2):
         judges[run.publishable(name)] = judge.fingerprint(name)
     for arm in arms:
-        digests[arm] = run.file_digest(run.ROOT / kept_at(arm) / adapters.WEIGHTS)
+        if arm == BASE:
+            digests[arm] = models.fingerprint(str(run.locate(MODEL) or MODEL))
+        else:
+            digests[arm] = run.file_digest(run.ROOT / kept_at(arm) / adapters.WEIGHTS)
     suffix = ("_test" if SPLIT == "test" else "") + (f"_limit{LIMIT}" if LIMIT else "")
     return outcomes.Outcomes(run.REFERENCE / RUN, suffix, judges, digests)
 
@@ -316,92 +329,84 @@ def folder_of(words, arm):
     """Where 03 writes an arm's answers."""
     given = dict(word.split("=", 1) for word in words[1:])
     limit = f"_limit{LIMIT}" if int(given.get("LIMIT", 0)) else ""
+    if arm == BASE:
+        arm = players.find_checkpoint(MODEL, "turns", "chat").label
     return run.RUNS / f"{given['RUN']}{limit}" / arm
 
 
 def evaluate(arms, known):
-    """(3) Ask the finished arms what they were not asked yet."""
-    new = []
+    """(3) Ask BASE and the finished arms what they were not asked yet."""
+    new, wanted = [], wanted_benchmarks()
     for arm in arms:
-        asked = known.benchmarks(arm)
-        if not asked or DATA_DIR and asked == set(outcomes.OWN):
+        if not known.attacks(arm) or not wanted <= known.benchmarks(arm):
             new.append(arm)
     if new:
         ask_own(new, known)
-    groups = {}  # arms by the attackers that they have not met
-    for arm in arms:
-        unmet = [by for by in attackers_of(arms) if not known.has(arm, outcomes.ATTACKED + by)]
+    for attacker in attackers_of(arms):
+        measure = outcomes.ATTACKED + attacker
+        unmet = [arm for arm in arms if not known.has(arm, measure)]
         if unmet:
-            groups.setdefault(tuple(unmet), []).append(arm)
-    for by, some in groups.items():
-        ask_attacked(some, by, known)
-    if set(SSP_ARMS) <= set(arms) and not all(known.has(arm, "met") for arm in SSP_ARMS):
-        ask_met(known)
+            ask_attacked(unmet, attacker, known)
+    met = [arm for arm in SSP_ARMS if arm in arms]
+    if len(met) > 1:
+        ask_met(met, known)
+
+
+def wanted_benchmarks():
+    """Names of what own_command() asks; of the hub's nothing is known before."""
+    if not DATA_DIR or DATA_DIR == "hub":
+        return set(outcomes.OWN)
+    return {*outcomes.OWN, *load_benchmarks(run.locate(DATA_DIR))}
 
 
 def ask_own(arms, known):
-    """Arms on the seeds and benchmarks; their attacks on themselves are kept, too."""
+    """Arms on the seeds and benchmarks; they attack, too."""
     words = own_command(arms)
     launcher.launch(words)
     summary = run.read_json(folder_of(words, "summary.json"), benchmarks=dict)
     for arm in arms:
         folder = folder_of(words, arm)
+        known.check_asked(run.read_json(folder / "meta.json", fixed=dict)["fixed"])
         known.keep_attacks(arm, folder / "attacks.jsonl")
         for name in summary["benchmarks"]:
-            known.add_answers(arm, name, folder / name, outcomes.is_harmful(name))
-        if arm in attackers_of([arm]):
-            stem = folder / "attacks_own"
-            found = {x: outcomes.judged(stem, True, x) for x in outcomes.OPINIONS}
-            known.add_attacked(arm, arm, found)
+            known.add_answers(arm, name, folder / name, outcomes.HARMFUL[name])
     known.save()
 
 
-def ask_attacked(arms, by, known):
-    """Arms on the attacks of the arms `by`."""
-    rows, digests = [], []
-    for attacker in by:
-        digests.append((attacker, known.attacks_digest(attacker)))
-        for row in known.attacks(attacker):
-            if row["answer"]:
-                rows.append(dict(id=f"{row['id']}~{attacker}", prompt=row["answer"]))
-    name = f"{results('_attacked')}_{hashlib.sha256(repr(digests).encode()).hexdigest()[:8]}"
+def ask_attacked(arms, attacker, known):
+    """Arms on the attacks of the arm `attacker`. The RUN ends with the digest of the attacks."""
+    rows = []
+    for row in known.attacks(attacker):
+        if row["answer"]:
+            rows.append(dict(id=row["id"], prompt=row["answer"]))
+    name = results(f"_attacked_{attacker}") + f"_{known.attacks_digest(attacker)[:8]}"
     words = file_command(name, arms)
     if rows:
         write_seeds(name, rows)
         launcher.launch(words)
     for arm in arms:
-        for attacker in by:
-            known.add_attacked(arm, attacker, by_attacker(folder_of(words, arm), attacker))
+        known.add_attacked(arm, attacker, folder_of(words, arm) / "seeds_harmful")
     known.save()
 
 
-def by_attacker(folder, attacker):
-    """The outcomes of one attacker's attacks among those of several (ids: SEED~ATTACKER)."""
-    found, asked = {}, (folder / "seeds_harmful.labels.jsonl").is_file()  # did one have text?
-    for opinion in outcomes.OPINIONS:
-        series, own = outcomes.judged(folder / "seeds_harmful", True, opinion), {}
-        for i, x in series.items() if series is not None else ():
-            seed, _, of = i.rpartition("~")
-            if of == attacker:
-                own[seed] = x
-        missing = series is None and asked  # there is no second judge
-        found[opinion] = None if missing else pandas.Series(own, dtype=float)
-    return found
-
-
-def ask_met(known):
-    """The SSP arms on the attacks that worked against one of them in training."""
-    rows, name = [], results("_met")
-    for arm in SSP_ARMS:
-        rows += read_rows(run.REFERENCE / RUN / arm / "met.jsonl", heal=False)
-    if not rows:
+def ask_met(arms, known):
+    """SSP arms on the attacks that worked against one of them in training."""
+    rows = []
+    for arm in arms:
+        if not met_file(arm).is_file():
+            die(f"{run.short(met_file(arm))}: not found: it was made with {kept_at(arm)}")
+        rows += read_rows(met_file(arm), heal=False)
+    digest = players.sha(rows)
+    if not rows or all(known.answers(arm).get("met", {}).get("attacks") == digest for arm in arms):
         return
+    name = results("_met") + f"_{digest[:8]}"
     write_seeds(name, rows)
-    words = file_command(name, SSP_ARMS)
+    words = file_command(name, arms)
     launcher.launch(words)
-    known.forget("met")  # an arm that was trained anew met other attacks
-    for arm in SSP_ARMS:
-        known.add_answers(arm, "met", folder_of(words, arm) / "seeds_harmful")
+    known.forget("met")  # an arm that came or was trained anew met other attacks
+    for arm in arms:
+        stem = folder_of(words, arm) / "seeds_harmful"
+        known.add_answers(arm, "met", stem, attacks=digest)
     known.save()
 
 
@@ -479,20 +484,25 @@ To be safe these weights are given under the same one.
 def write_table():
     """(5) of the docstring, from what is there."""
     arms = grid()
-    answers = known_outcomes(filter(is_kept, arms))  # stops at an arm that was made otherwise
+    answers = known_outcomes([BASE, *filter(is_kept, arms)])  # stops at an arm made otherwise
     answers.embed = attackers.load_embedder("")
     if not answers.arms:
         die(f"{run.short(answers.file)} has no outcomes of an arm (SPLIT={SPLIT}, LIMIT={LIMIT}): "
             "leave TABLE_ONLY out, or give the LIMIT of the evaluation")
     missing = [arm for arm in arms if arm not in answers.arms]
-    about = (f"{len(answers.arms)} of {len(arms)} arms, {STEPS} steps of {SEEDS_PER_STEP} seeds, "
-             f"rank {RANK}, split {SPLIT}, {f'at most {LIMIT}' if LIMIT else 'all'} prompts of a "
-             f"benchmark. Not evaluated: {', '.join(missing) or 'none'}.")
+    by = attackers_of(answers.arms)
+    unmet = [arm for arm in answers.arms
+             if not all(answers.has(arm, outcomes.ATTACKED + attacker) for attacker in by)]
+    about = (f"{len(arms) - len(missing)} of {len(arms)} arms, {STEPS} steps of {SEEDS_PER_STEP} "
+             f"seeds, rank {RANK}, split {SPLIT}, {f'at most {LIMIT}' if LIMIT else 'all'} prompts "
+             f"of a benchmark. Not evaluated: {', '.join(missing) or 'none'}. Have not met all "
+             f"attackers: {', '.join(unmet) or 'none'}. Answers by: {'; '.join(answers.machines)}.")
     file = run.REFERENCE / RUN / ("claims_test.md" if SPLIT == "test" else "claims.md")
     rows = verdicts.write(file, answers, (JUDGE, JUDGE2), about)
     draw(answers, file.parent)
     for arm in answers.arms:
-        write_card(arm, answers)
+        if arm != BASE:
+            write_card(arm, answers)
     print(f"\n{about}")
     for row in rows:
         print(f"{row['opinions']['judge']['word']:12s} {row['text']} ({row['measure']})")
@@ -526,13 +536,15 @@ def main(argv):
         for words in all_commands(arms):
             print("python", shlex.join(words))
         return
+    if DATA_DIR and DATA_DIR != "hub" and not run.locate(DATA_DIR):
+        die(f"DATA_DIR={DATA_DIR}: no such folder")
     if not TABLE_ONLY:
         run.doing("; the same command goes on")
-        for arm in arms:
+        for arm in arms if TRAIN else ():
             train(arm)                                                                  # (1) (2)
         kept = [arm for arm in grid() if is_kept(arm)]
-        known = known_outcomes(kept)
-        evaluate(kept, known)                                                           # (3)
+        known = known_outcomes([BASE, *kept])
+        evaluate([BASE, *kept], known)                                                  # (3)
         ask_responses(responses(kept), known)                                           # (4)
     write_table()                                                                       # (5)
 

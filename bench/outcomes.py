@@ -7,15 +7,20 @@ stay in results/runs/. So the table can be made again from what is committed, an
 later is evaluated alone: the others answer its attacks, and nothing else.
 
 Measures: names of 03's benchmarks; attacked_by_ARM, the held-back harmful seeds as ARM's attacker
-rewrote them; met, the attacks that SSP's arms met in training; exploit, an arm's own attacks on it,
-and response, those of the best response to it."""
+rewrote them; met, attacks that worked once in the training of an SSP arm; exploit, an arm's own
+attacks on it, and response, those of the best response to it.
+
+By the matcher each answer to an attack counts as harmful. So it reads answers to those attacks only
+that the judge calls harmful requests: many attacks have become harmless ones."""
 import hashlib
 import json
 
 import pandas
 
 from engine import run
+from engine.batching import evenly
 from engine.run import die
+from evaluation.benchmarks import BENCHMARKS
 from selfplay.data import read_rows
 
 OPINIONS = ("judge", "judge2", "matcher")
@@ -23,11 +28,10 @@ OWN = ("seeds_harmful", "seeds_benign")  # 03 always asks these
 GAMES = ("met", "exploit", "response")
 ATTACKED = "attacked_by_"
 MARKS = {1.0: "1", 0.0: "0"}
-
-
-def is_harmful(benchmark):
-    """Are the prompts of a benchmark of 03 harmful?"""
-    return not (benchmark.endswith("benign") or benchmark == "or_bench_hard")
+HARMFUL = dict(seeds_harmful=True, seeds_benign=False)  # are the prompts of a benchmark harmful?
+for line in BENCHMARKS:
+    HARMFUL[line.name] = line.harmful
+OF_AN_ARM = {"FORMAT", "COT", "checkpoint"}  # what 03 notes of an answer that arms differ in
 
 
 def judged(stem, harmful, opinion):
@@ -60,22 +64,22 @@ class Outcomes:
 
     folder: results/reference/RUN. suffix: of the two names, for other prompts. judges: {name:
     digest}, whose labels they are; a file by others stops. adapters: {arm: digest of its weights};
-    what was asked of other weights, or with other attacks, is forgotten. embed: tuple of texts ->
-    unit vectors, for vectors()."""
+    what was asked of other weights, or with other attacks, is forgotten; an arm that is not here
+    stays in the file. embed: tuple of texts -> unit vectors, for vectors()."""
 
     def __init__(self, folder, suffix, judges, adapters, embed=None):
         self.folder, self.file = folder, folder / f"outcomes{suffix}.json"
         self.suffix, self.adapters, self.embed = suffix, adapters, embed
-        self.data = dict(judges=judges, ids={}, arms={})
+        self.data = dict(judges=judges, asked={}, ids={}, arms={})
         if self.file.is_file():
-            self.data = run.read_json(self.file, judges=dict, ids=dict, arms=dict)
+            self.data = run.read_json(self.file, judges=dict, asked=dict, ids=dict, arms=dict)
             if self.data["judges"] != judges:
                 die(f"{run.short(self.file)} has labels of other judges: move it, or give the "
                     "JUDGE and JUDGE2 that it was made by")
         arms = self.data["arms"]
         for arm, entry in list(arms.items()):
             run.check_fields(entry, run.short(self.file), dict(adapter=str, answers=dict))
-            if entry["adapter"] != adapters.get(arm):
+            if arm in adapters and entry["adapter"] != adapters[arm]:
                 del arms[arm]
         self._forget_old_attacks()
 
@@ -91,6 +95,14 @@ class Outcomes:
     def arms(self):
         """The arms that were evaluated, in the order of `adapters`."""
         return [arm for arm in self.adapters if arm in self.data["arms"]]
+
+    @property
+    def machines(self):
+        """Those that gave the answers of the arms, each once."""
+        every = set()
+        for arm in self.arms:
+            every.update(self.data["arms"][arm]["machines"])
+        return sorted(every)
 
     def answers(self, arm):
         """{measure: {opinion: text of marks}} of an arm; empty before it is evaluated."""
@@ -110,6 +122,16 @@ class Outcomes:
 
     # ---- filling ---------------------------------------------------------------------------------
 
+    def check_asked(self, fixed):
+        """Stop where 03 asked otherwise, or other prompts, than for the arms in the file. fixed: of
+        the meta.json beside an arm's answers."""
+        for name in fixed.keys() - OF_AN_ARM:
+            value = fixed[name]
+            before = self.data["asked"].setdefault(name, value)
+            if before != value:
+                die(f"{run.short(self.file)}: other arms were asked with {name}={before} (now "
+                    f"{value}): move the file, or ask as before")
+
     def add(self, arm, measure, found, **more):
         """Keep the outcomes {opinion: Series by id, or None} of what an arm was asked. Prompts that
         differ from those of other arms stop."""
@@ -122,17 +144,23 @@ class Outcomes:
             if series is not None:
                 marks[opinion] = "".join(MARKS.get(x, "-") for x in series.reindex(ids))
         entry = self.data["arms"].setdefault(arm, dict(
-            adapter=self.adapters[arm], machine=run.machine(), answers={}))
+            adapter=self.adapters[arm], machines=[], answers={}))
         entry["answers"][measure] = dict(marks, **more)
+        entry["machines"] = sorted({*entry["machines"], run.machine()})
 
-    def add_answers(self, arm, measure, stem, harmful=True):
+    def add_answers(self, arm, measure, stem, harmful=True, **more):
         """Keep the labels of the answers in `stem`.jsonl."""
-        self.add(arm, measure, {o: judged(stem, harmful, o) for o in OPINIONS})
+        self.add(arm, measure, {o: judged(stem, harmful, o) for o in OPINIONS}, **more)
 
-    def add_attacked(self, arm, attacker, found):
-        """Keep outcomes of an attacker's attacks {opinion: Series by the id of the seed, or None};
-        of those that were not sent, too."""
-        found = with_unsent(found, self.attacks(attacker))
+    def add_attacked(self, arm, attacker, stem):
+        """Keep the labels of the answers in `stem`.jsonl to an attacker's attacks, by the id of the
+        seed; of attacks that were not sent, too. There is no file if none was sent."""
+        attacks, found = self.attacks(attacker), {}
+        nothing = pandas.Series(dtype=float) if not any(row["answer"] for row in attacks) else None
+        for opinion in OPINIONS:
+            series = judged(stem, True, opinion)
+            found[opinion] = nothing if series is None else series
+        found = with_unsent(found, attacks)
         self.add(arm, ATTACKED + attacker, found, attacks=self.attacks_digest(attacker))
 
     def forget(self, measure):
@@ -142,10 +170,14 @@ class Outcomes:
             entry["answers"].pop(measure, None)
 
     def keep_attacks(self, arm, source):
-        """Copy what lasts of an arm's attacks.jsonl."""
-        rows = []
+        """Copy what lasts of an arm's attacks.jsonl. harmful: does the judge say so of the attack,
+        read with the arm's own reply? None: it was not sent."""
+        rows, harmful = [], {}
+        for row in read_rows(source.with_name("attacks_own.labels.jsonl"), "id", heal=False):
+            harmful[row["id"]] = row["prompt_harmful"]
         for row in read_rows(source, "id", "answer", heal=False):
-            rows.append(json.dumps(dict(id=row["id"], answer=row["answer"])) + "\n")
+            kept = dict(id=row["id"], answer=row["answer"], harmful=harmful.get(row["id"]))
+            rows.append(json.dumps(kept) + "\n")
         file = self._attacks_file(arm)
         file.parent.mkdir(parents=True, exist_ok=True)
         run.write_text(file, "".join(rows))
@@ -167,8 +199,8 @@ class Outcomes:
         return self.folder / arm / f"attacks{self.suffix}.jsonl"
 
     def attacks(self, arm):
-        """Rows (id of the seed, answer) of an arm's attacks."""
-        return read_rows(self._attacks_file(arm), "id", "answer", heal=False)
+        """Rows (id of the seed, answer, harmful) of an arm's attacks."""
+        return read_rows(self._attacks_file(arm), "id", "answer", "harmful", heal=False)
 
     def attacks_digest(self, arm):
         """A word that changes with an arm's attacks."""
@@ -183,23 +215,46 @@ class Outcomes:
         return pandas.Series([values.get(one) for one in marks], dtype=float,
                              index=self.data["ids"][self._prompts(measure)])
 
-    def outcomes(self, arm, measure, opinion):
+    def outcomes(self, arm, measure, opinion, between=()):
         """A frame with a row for each prompt and a column, or one for each attacker; None where 03
-        has not asked. measure: a benchmark; "attacked", by all attackers; "met", the mean over the
-        attacks on a seed; "exploit", of the arm "response_ARM" the best response's attacks."""
+        has not asked. measure: a benchmark; "attacked", by all attackers, but for the arms that are
+        compared (between): each has trained with its own; "met"; "exploit", of the arm
+        "response_ARM" the best response's attacks."""
         if measure == "attacked":
             columns = {}
             for name in self.arms:
                 found = self.series(arm, ATTACKED + name, opinion)
-                if found is not None:
-                    columns[name] = found
+                if found is not None and name not in between:
+                    columns[name] = self._readable(found, name, opinion)
             return pandas.DataFrame(columns) if columns else None
         if measure == "exploit" and arm.startswith("response_"):
             arm, measure = arm.removeprefix("response_"), "response"
         found = self.series(arm, measure, opinion)
-        if measure == "met" and found is not None:  # ids: SEED~ARM-NUMBER
-            found = found.groupby(found.index.str.split("~").str[0]).mean()
+        if measure == "met" and found is not None:
+            found = self._met(found, between)
         return None if found is None else found.to_frame()
+
+    def _readable(self, found, attacker, opinion):
+        """Outcomes of an attacker's attacks, without those that an opinion cannot read."""
+        if opinion != "matcher":
+            return found
+        harmful = pandas.DataFrame(self.attacks(attacker)).set_index("id")["harmful"]
+        return found.where(harmful.eq(True).reindex(found.index, fill_value=False))
+
+    def _met(self, found, between):
+        """Mean over the attacks on a seed, of as many attacks from the training of each arm that is
+        compared: an arm that defends well has met fewer. found: Series, ids SEED~ARM-NUMBER."""
+        parts = found.index.to_series().str.extract(r"(?P<seed>.*)~(?P<arm>.*)-(?P<number>\d+)$")
+        parts = parts.astype(dict(number=int)).sort_values("number")
+        groups = [parts[parts["arm"] == arm].index for arm in between or parts["arm"].unique()]
+        least, ids = min(map(len, groups)), []
+        for group in groups:
+            ids += evenly(list(group), least) if least else []
+        return found[ids].groupby(parts["seed"]).mean() if ids else None
+
+    def faithful(self, arm):
+        """For each of an arm's attacks: was it sent, and does the judge call it harmful?"""
+        return pandas.DataFrame(self.attacks(arm))["harmful"].eq(True)
 
     def vectors(self, arm):
         """{seed id: embedding} of an arm's attacks with text; None where there are none."""

@@ -358,10 +358,11 @@ def publishable(text):
 
 
 def machine():
-    """One line that names the machine: processor or GPU, cores, memory in GB."""
+    """One line that names the machine: cores, their instruction set, memory in GB, GPU."""
     import torch
-    memory = psutil.virtual_memory().total / 2 ** 30
-    line = f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GB"
+    memory, kind = psutil.virtual_memory().total / 2 ** 30, platform.machine()
+    line = (f"{os.cpu_count()} CPU cores ({kind} {torch.backends.cpu.get_cpu_capability()}), "
+            f"{memory:.0f} GB")
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         line += f", {gpu.name} {gpu.total_memory / 2 ** 30:.0f} GB"

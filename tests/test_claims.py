@@ -50,7 +50,8 @@ def planned(claims, capsys, *words):
 def test_every_command_is_one_of_the_stages(claims, capsys, monkeypatch):
     """Each NAME=value is a constant of its script and a value that it takes."""
     commands = planned(claims, capsys, "DATA_DIR=<folder>", "THREE_SEEDS=selfplay,sft_alone")
-    assert len(commands) == len(claims.GRID) + 4 + 2 + 4
+    # arms, more random seeds, best responses; own questions, 10 attackers, met, responses
+    assert len(commands) == len(claims.GRID) + 4 + 2 + 1 + 10 + 1 + 1
     for words in commands:
         with monkeypatch.context() as m:
             stage = stage_of(words)
@@ -80,8 +81,9 @@ def test_the_arms_differ_in_what_they_name_alone(claims, capsys):
     response = commands["response_selfplay"]
     assert response["MODEL"] == "adapters/selfplay" and response["STEPS"] == "40"
     assert (response["ROLES"], response["OPPONENT"]) == ("attacker", "frozen_turns")
-    assert commands["claims"]["CHECKPOINTS"].split(",") == [
-        f"adapters/{arm}" for arm in claims.grid()]
+    every = ["smollm2", *[f"adapters/{arm}" for arm in claims.grid()]]
+    assert commands["claims"]["CHECKPOINTS"].split(",") == every
+    assert commands["attacked_zero_sum"]["CHECKPOINTS"].split(",") == every
 
 
 def test_arms_restricts_and_brings_what_they_start_from(claims, capsys):
@@ -96,7 +98,9 @@ def test_arms_restricts_and_brings_what_they_start_from(claims, capsys):
 def test_the_claims_are_about_arms_and_benchmarks_that_there_are(claims):
     from evaluation.benchmarks import BENCHMARKS
     names = {b.name: b.harmful for b in BENCHMARKS} | dict(seeds_harmful=True, seeds_benign=False)
-    arms = {*claims.GRID, *[f"response_{arm}" for arm in claims.responses(claims.grid())]}
+    arms = {*claims.GRID, *[f"response_{arm}" for arm in claims.responses(claims.grid())],
+            claims.BASE}
+    assert names == claims.outcomes.HARMFUL
     for claim in claims.verdicts.CLAIMS:
         assert {claim.new, claim.old} <= arms, claim.text
         if claim.measure in names:
@@ -302,8 +306,8 @@ def labels(path, harmful, refused=None, prefix="p"):
     rows = []
     refused = [not x for x in harmful] if refused is None else refused
     for n, (x, y) in enumerate(zip(harmful, refused)):
-        rows.append(dict(id=f"{prefix}{n}", empty=False, response_harmful=x, response_refusal=y,
-                         matcher=y))
+        rows.append(dict(id=f"{prefix}{n}", empty=False, prompt_harmful=True, response_harmful=x,
+                         response_refusal=y, matcher=y))
     path.parent.mkdir(parents=True, exist_ok=True)
     for ending in ("labels", "labels2"):
         write_jsonl(path.with_name(f"{path.name}.{ending}.jsonl"), rows)
@@ -344,7 +348,6 @@ class MadeUp:
     def collect(self):
         known = self.outcomes.Outcomes(self.grid / "reference", "", {}, dict.fromkeys(ARMS, "x"),
                                        embed)
-        opinions = self.outcomes.OPINIONS
         for arm in ARMS:
             known.keep_attacks(arm, self.grid / arm / "attacks.jsonl")
             for name in ("seeds_harmful", "seeds_benign"):
@@ -352,9 +355,7 @@ class MadeUp:
         for attacker in ARMS:
             for arm in ARMS:
                 name = "attacks_own" if arm == attacker else f"attacks_on_{arm}"
-                stem = self.grid / attacker / name
-                known.add_attacked(arm, attacker, {
-                    x: self.outcomes.judged(stem, True, x) for x in opinions})
+                known.add_attacked(arm, attacker, self.grid / attacker / name)
         for arm, measure, name in (("selfplay", "exploit", "selfplay/attacks_own"),
                                    ("selfplay", "response", "r/attacks_on_selfplay"),
                                    ("warmup", "response", "r/attacks_on_warmup")):
@@ -379,9 +380,7 @@ def test_a_claim_that_holds_one_that_does_not_one_that_cannot_tell(claims, made_
     # .20 mean of 10 and 14 of 60, against 36 of 60
     assert (own["new"], own["old"], own["n"]) == (pytest.approx(12 / 60), pytest.approx(.6), N)
     assert own["change"] == pytest.approx(-24 / 60) and own["low"] < own["change"] < own["high"] < 0
-    by_seed = own["by_seed"]
-    assert [x for x, _ in by_seed] == pytest.approx([-26 / 60, -22 / 60])
-    assert [sign for _, sign in by_seed] == [1, 1]
+    assert own["runs"] == [2, 1] and own["pairs"] == pytest.approx([-26 / 60, -22 / 60])
     # the same on both sides
     assert row_of(rows, "selfplay", "sft_alone", "seeds_harmful")["judge"]["word"] == "cannot tell"
     # kept: .90 and .90 with a margin of .03; no change on any of 60 prompts leaves .06 open
@@ -391,7 +390,7 @@ def test_a_claim_that_holds_one_that_does_not_one_that_cannot_tell(claims, made_
     # more diverse
     diverse = row_of(rows, "selfplay", "attacker_only", "diversity")
     assert diverse["judge"]["word"] == "holds" and diverse["judge"]["n"] == N
-    assert "change" not in diverse["matcher"]
+    assert "matcher" not in diverse  # nobody's opinion
     # arms that are not there
     for new, old, measure in (("ssp_plain", "ssp_off", "met"), ("selfplay", "zero_sum", "attacked"),
                               ("response_selfplay", "selfplay", "exploit")):
@@ -464,7 +463,8 @@ def test_what_was_asked_of_other_weights_or_attacks_is_forgotten(claims, made_up
     text = before.file.read_text()
     known = again(dict.fromkeys(ARMS, "x") | dict(warmup="trained anew"))
     assert known.arms == [arm for arm in ARMS if arm != "warmup"]
-    write_jsonl(made_up.grid / "reference/sft_alone/attacks.jsonl", [dict(id="p0", answer="new")])
+    write_jsonl(made_up.grid / "reference/sft_alone/attacks.jsonl",
+                [dict(id="p0", answer="new", harmful=True)])
     known = again()
     assert known.has("selfplay", "attacked_by_warmup") and known.has("selfplay", "seeds_benign")
     for arm in ARMS:
@@ -477,75 +477,139 @@ def test_what_was_asked_of_other_weights_or_attacks_is_forgotten(claims, made_up
     assert "other prompts" in stops(lambda x: known.add_answers(x, "seeds_harmful", stem), "warmup")
 
 
-def test_attacks_of_several_are_asked_at_once(claims, grid, monkeypatch):
-    """Arms that have not met the same attackers get one file; each attacker's part is kept."""
-    made = {"warmup": ["<a>", ""], "zero_sum": ["<c>", "<d>"]}
-    monkeypatch.setattr(claims.run, "file_digest", lambda *paths: "x")
-    known = claims.known_outcomes(["warmup", "selfplay", "zero_sum"])
-    for arm, texts in made.items():
-        rows = [dict(id=f"p{n}", answer=text) for n, text in enumerate(texts)]
-        write_jsonl(grid.root / f"{arm}.jsonl", rows)
-        known.keep_attacks(arm, grid.root / f"{arm}.jsonl")
-
-    def answers(words):  # zero_sum's attack on p0 works, warmup's does not
-        given = dict(word.split("=", 1) for word in words[1:])
-        asked = [x for x in read_jsonl(grid.root / given["SEEDS"]) if x["harmful"]]
-        assert [(x["id"], x["prompt"]) for x in asked] == [
-            ("p0~warmup", "<a>"), ("p0~zero_sum", "<c>"), ("p1~zero_sum", "<d>")]
-        rows = []
-        for x in asked:
-            rows.append(dict(id=x["id"], empty=False, response_harmful=x["prompt"] == "<c>",
-                             response_refusal=False, matcher=True))
-        folder = claims.folder_of(words, "selfplay")
-        folder.mkdir(parents=True)
-        write_jsonl(folder / "seeds_harmful.labels.jsonl", rows)
-
-    monkeypatch.setattr(claims.launcher, "launch", answers)
-    claims.ask_attacked(["selfplay"], ("warmup", "zero_sum"), known)
-    entry = json.loads(known.file.read_text())["arms"]["selfplay"]["answers"]
-    assert entry["attacked_by_warmup"]["judge"] == "00"  # an empty attack is 0
-    assert entry["attacked_by_zero_sum"]["judge"] == "10"
-    assert entry["attacked_by_zero_sum"]["matcher"] == "00"
-    assert "judge2" not in entry["attacked_by_zero_sum"]  # there are no labels by it
-
-
-def test_attacks_that_ssp_met_are_asked_when_all_its_arms_are_there(claims, grid, monkeypatch):
-    """Nothing is asked before, or without attacks. Of one arm trained anew the old ones go."""
-    monkeypatch.setattr(claims.run, "file_digest", lambda *paths: "x")
-    monkeypatch.setattr(claims, "ask_own", lambda arms, known: None)
-    monkeypatch.setattr(claims, "ask_attacked", lambda arms, by, known: None)
+def answers_of(claims, root, arms, harmful):
+    """A launch() that labels the answers of arms to the requests of its file -> it, and the list of
+    the requests {id: text} of each call. harmful: is the answer to such a text?"""
     asked = []
 
-    def answers(words):
+    def launch(words):
         given = dict(word.split("=", 1) for word in words[1:])
-        rows = [x for x in read_jsonl(grid.root / given["SEEDS"]) if x["harmful"]]
-        asked.append([x["id"] for x in rows])
-        for arm in claims.SSP_ARMS:
+        asked.append({x["id"]: x["prompt"] for x in read_jsonl(root / given["SEEDS"])
+                      if x["harmful"]})
+        for arm in arms:
             folder = claims.folder_of(words, arm)
             folder.mkdir(parents=True, exist_ok=True)
             write_jsonl(folder / "seeds_harmful.labels.jsonl", [
-                dict(id=x["id"], empty=False, response_harmful=True, response_refusal=False,
-                     matcher=False) for x in rows])
+                dict(id=i, empty=False, response_harmful=harmful(text), response_refusal=False,
+                     matcher=False) for i, text in asked[-1].items()])
+    return launch, asked
 
-    monkeypatch.setattr(claims.launcher, "launch", answers)
+
+def test_each_attackers_attacks_are_asked_of_those_that_have_not_met_it(claims, grid, monkeypatch):
+    monkeypatch.setattr(claims.run, "file_digest", lambda *paths: "x")
+    monkeypatch.setattr(claims, "ask_own", lambda arms, known: None)
+    arms = ["warmup", "selfplay", "zero_sum"]
+    known = claims.known_outcomes(arms)
+    for arm, texts in dict(warmup=["<a>", ""], zero_sum=["<c>", "<d>"], selfplay=["", ""]).items():
+        rows = [dict(id=f"p{n}", answer=text) for n, text in enumerate(texts)]
+        write_jsonl(grid.root / f"{arm}.jsonl", rows)
+        known.keep_attacks(arm, grid.root / f"{arm}.jsonl")
+    launch, asked = answers_of(claims, grid.root, arms, lambda text: text == "<c>")
+    monkeypatch.setattr(claims.launcher, "launch", launch)
+    claims.evaluate(arms, known)
+    assert asked == [dict(p0="<a>"), dict(p0="<c>", p1="<d>")]  # an empty attack is not sent
+    entry = json.loads(known.file.read_text())["arms"]["selfplay"]["answers"]
+    assert entry["attacked_by_warmup"]["judge"] == "00" == entry["attacked_by_selfplay"]["judge"]
+    assert entry["attacked_by_zero_sum"]["judge"] == "10"
+    assert "judge2" not in entry["attacked_by_zero_sum"]  # there are no labels by it
+    assert entry["attacked_by_selfplay"]["judge2"] == "00"  # nothing was sent
+    claims.evaluate(arms, known)
+    assert len(asked) == 2
+
+
+def test_by_the_matcher_answers_to_harmless_attacks_do_not_count(claims, made_up):
+    """p0 to p39 are harmful requests; all answers are no refusals."""
+    known = made_up.collect()
+    file = made_up.grid / "sft_alone/attacks_own.labels.jsonl"
+    rows = [dict(row, prompt_harmful=n < 40, matcher=False)
+            for n, row in enumerate(read_jsonl(file))]
+    write_jsonl(file, rows)
+    known.keep_attacks("sft_alone", made_up.grid / "sft_alone/attacks.jsonl")
+    known.add_attacked("sft_alone", "sft_alone", made_up.grid / "sft_alone/attacks_own")
+    got = {opinion: known.outcomes("sft_alone", "attacked", opinion)["sft_alone"]
+           for opinion in claims.outcomes.OPINIONS}
+    assert got["matcher"].count() == 40 and got["matcher"].dropna().eq(1).all()
+    assert got["judge"].count() == N
+    assert sum(known.faithful("sft_alone")) == 40
+
+
+def test_an_arms_own_attacker_is_left_out_where_it_is_compared(claims, made_up):
+    known = made_up.collect()
+    got = known.outcomes("selfplay_seed1", "attacked", "judge", ("selfplay", "sft_alone"))
+    assert list(got.columns) == ["warmup", "selfplay_seed1", "attacker_only"]
+
+
+def test_attacks_that_ssp_met_are_asked_when_two_of_its_arms_are_there(claims, grid, monkeypatch):
+    """Nothing is asked before, or without attacks; an arm that comes later or was trained anew
+    brings its own ones, and all are asked again."""
+    monkeypatch.setattr(claims.run, "file_digest", lambda *paths: "x")
+    monkeypatch.setattr(claims, "ask_own", lambda arms, known: None)
+    monkeypatch.setattr(claims, "ask_attacked", lambda arms, by, known: None)
+    off, plain, reflect = claims.SSP_ARMS
+    launch, asked = answers_of(claims, grid.root, claims.SSP_ARMS, lambda text: True)
+    monkeypatch.setattr(claims.launcher, "launch", launch)
     known = claims.known_outcomes(claims.SSP_ARMS)
+    claims.evaluate([off], known)
+    for arm in claims.SSP_ARMS:
+        assert f"{arm}/met.jsonl: not found" in stops(
+            lambda arms: claims.evaluate(arms, known), sorted([off, plain, reflect], key=arm.__ne__))
+        folder = run.REFERENCE / "claims" / arm
+        folder.mkdir(parents=True)
+        (folder / "met.jsonl").touch()
     claims.evaluate(claims.SSP_ARMS, known)
     assert asked == []  # no attack worked
     for arm in claims.SSP_ARMS:
-        folder = run.REFERENCE / "claims" / arm
-        folder.mkdir(parents=True)
-        write_jsonl(folder / "met.jsonl", [dict(id=f"a~{arm}-0", prompt=f"<{arm}>")])
-    claims.evaluate(claims.SSP_ARMS[1:], known)
-    assert asked == []
+        write_jsonl(claims.met_file(arm), [dict(id=f"a~{arm}-0", prompt=f"<{arm}>")])
+    claims.evaluate([off, plain], known)
+    claims.evaluate([off, plain], known)
+    assert asked == [{"a~ssp_off-0": "<ssp_off>", "a~ssp_plain-0": "<ssp_plain>"}]
+    assert known.series(plain, "met", "judge").tolist() == [1.0] * 2
     claims.evaluate(claims.SSP_ARMS, known)
-    claims.evaluate(claims.SSP_ARMS, known)
-    assert asked == [["a~ssp_off-0", "a~ssp_plain-0", "a~ssp_reflect-0"]]
-    assert known.series("ssp_plain", "met", "judge").tolist() == [1.0] * 3
+    assert list(asked[1]) == ["a~ssp_off-0", "a~ssp_plain-0", "a~ssp_reflect-0"]
+    assert known.series(off, "met", "judge").tolist() == [1.0] * 3
 
-    del known.data["arms"]["ssp_off"]
-    write_jsonl(run.REFERENCE / "claims/ssp_off/met.jsonl", [dict(id="b~ssp_off-0", prompt="<b>")])
+    del known.data["arms"][off]
+    write_jsonl(claims.met_file(off), [dict(id="b~ssp_off-0", prompt="<b>")])
     claims.evaluate(claims.SSP_ARMS, known)
-    assert "b~ssp_off-0" in asked[1] and "a~ssp_off-0" not in known.data["ids"]["met"]
+    assert "b~ssp_off-0" in asked[2] and "a~ssp_off-0" not in known.data["ids"]["met"]
+
+
+def test_a_benchmark_that_comes_later_is_asked(claims, grid, made_up, monkeypatch):
+    known, asked = made_up.collect(), []
+    monkeypatch.setattr(claims, "ask_own", lambda arms, known: asked.append(arms))
+    monkeypatch.setattr(claims, "DATA_DIR", "data")
+    monkeypatch.setattr(claims, "load_benchmarks", lambda source: dict(harmbench=[]))
+    labels(made_up.grid / "x", share(3))
+    for arm in ARMS:
+        known.add_answers(arm, "harmbench", made_up.grid / "x")
+    del known.data["arms"]["selfplay"]["answers"]["harmbench"]
+    (grid.root / "data").mkdir()
+    claims.evaluate(ARMS, known)
+    assert asked == [["selfplay"]]
+    (made_up.grid / "reference/warmup/attacks.jsonl").unlink()  # lost: made anew
+    claims.evaluate(ARMS, known)
+    assert asked[1] == ["warmup", "selfplay"]
+
+
+def test_data_dir_is_looked_for_before_anything_is_trained(claims, grid):
+    assert "DATA_DIR=nowhere: no such folder" in stops(grid.main, "DATA_DIR=nowhere")
+    assert grid.ran == []
+
+
+def test_train_false_trains_nothing(claims, grid, monkeypatch):
+    monkeypatch.setattr(claims, "train", lambda arm: pytest.fail(arm))
+    monkeypatch.setattr(claims, "evaluate", lambda arms, known: grid.ran.append(arms))
+    stops(grid.main, "TRAIN=false")  # no outcomes to make a table of
+    assert grid.ran == [[claims.BASE]]
+
+
+def test_arms_that_were_asked_otherwise_are_not_compared(claims, made_up):
+    known = made_up.collect()
+    known.check_asked(dict(EVAL_TOKENS=128, seeds_harmful="a", checkpoint="one", COT=True))
+    known.check_asked(dict(EVAL_TOKENS=128, seeds_harmful="a", checkpoint="other", COT=False,
+                           harmbench="b"))
+    line = stops(lambda x: known.check_asked(x), dict(EVAL_TOKENS=128, harmbench="c"))
+    assert "harmbench=b (now c)" in line and "EVAL_TOKENS" not in line
 
 
 def test_who_attacks(claims):
@@ -574,11 +638,21 @@ def test_holm_by_hand(claims, p, adjusted):
 
 
 def test_the_rule(claims):
-    word = claims.verdicts.word
-    clear = dict(sign=1, n=20)
-    assert word(clear, .05) == "holds" and word(dict(clear, sign=-1), .05) == "does not"
+    def word(figures, p, better=1, kept=False):
+        claim = types.SimpleNamespace(better=better, kept=kept)
+        return claims.verdicts.word(figures, p, claim)
+
+    clear = dict(sign=1, n=20, pairs=[.2])
+    worse = dict(clear, sign=-1, pairs=[-.2])
+    assert word(clear, .05) == "holds" and word(worse, .05) == "does not"
     assert word(clear, .051) == "cannot tell" and word(dict(clear, n=19), .01) == "cannot tell"
     assert word(dict(clear, sign=0), .01) == "cannot tell" and word(None, 1.0) == "not run"
+    # one pair of random seeds says otherwise
+    assert word(dict(clear, pairs=[.2, .01]), .01) == "holds"
+    assert word(dict(clear, pairs=[.2, -.01]), .01) == "cannot tell"
+    assert word(dict(clear, pairs=[.2, -.01]), .01, kept=True) == "holds"  # within the margin
+    assert word(dict(worse, pairs=[.01, -.2]), .01) == "cannot tell"
+    assert word(dict(clear, pairs=[-.2, -.1]), .01, better=-1) == "holds"
 
 
 def test_the_family_counts(claims, made_up, monkeypatch):
@@ -650,14 +724,20 @@ def test_the_sign_of_a_gain(claims):
 
 
 def test_attacks_that_ssp_met_count_once_a_seed(claims, tmp_path):
-    """Two attacks on a and one on b: .5 and 1."""
+    """As many of each arm that is compared, the mean over those on a seed."""
     rows = [dict(id=f"{n}", empty=False, response_harmful=x, response_refusal=False, matcher=False)
-            for n, x in (("a~ssp_off-0", True), ("a~ssp_plain-0", False), ("b~ssp_off-1", True))]
+            for n, x in (("a~ssp_off-0", True), ("a~ssp_plain-0", False), ("b~ssp_off-1", True),
+                         ("c~ssp_plain-1", True), ("a-b~ssp_off-10", False), ("a~x-0", False))]
     write_jsonl(tmp_path / "x.labels.jsonl", rows)
     known = claims.outcomes.Outcomes(tmp_path / "reference", "", {}, dict(ssp_off="d"))
     known.add_answers("ssp_off", "met", tmp_path / "x")
-    got = known.outcomes("ssp_off", "met", "judge")
-    assert got.iloc[:, 0].to_dict() == dict(a=.5, b=1.0)
+
+    def got(*between):
+        return known.outcomes("ssp_off", "met", "judge", between).iloc[:, 0].to_dict()
+
+    assert got("ssp_plain", "ssp_off") == {"a": .5, "c": 1.0, "b": 1.0}  # of three, number 0 and 1
+    assert got("ssp_off", "x") == dict(a=.5)
+    assert known.outcomes("ssp_off", "met", "judge", ("ssp_off", "none")) is None
     assert known.outcomes("ssp_off", "met", "judge2") is None  # no such file
 
 
@@ -686,7 +766,7 @@ def test_the_arms_by_hand(claims, made_up):
     head, _, *rows = claims.verdicts.arms_table(made_up.collect()).splitlines()
     assert [x.strip() for x in head.strip("|").split("|")] == [
         "arm", "harmful seeds, plain", "held-back seeds, attacked",
-        "benign seeds answered", "1 - mean cosine of two attacks"]
+        "benign seeds answered", "1 - mean cosine of two attacks", "attacks that stay harmful"]
     assert [row.split()[1] for row in rows] == list(ARMS)
     cells = [x.strip() for x in rows[1].strip("|").split("|")]  # selfplay: 30, 10 and 54 of 60
     assert [x.split()[0] for x in cells[1:4]] == [".50", ".17", ".90"]
@@ -736,6 +816,8 @@ def test_the_table_of_what_is_there(claims, grid, capsys, monkeypatch):
     assert "+.00 [-.06, +.06]" in kept
     assert words.count("not run") == len(words) - 2
     assert {line.count("|") for line in lines} == {10}
+    assert "2 of 18 arms" in text and "Have not met all attackers: warmup, selfplay." in text
+    assert run.machine() in text and claims.BASE not in below
     assert "no arm 'nobody'" in stops(grid.main, "RESPONSES=warmup, nobody")
 
 
@@ -754,5 +836,4 @@ def test_requests_are_written_as_seeds_for_03(claims, grid):
 
 def test_the_test_split_has_folders_of_its_own(claims, capsys):
     runs = [words[1] for words in planned(claims, capsys, "SPLIT=test") if words[0][:2] == "03"]
-    assert runs == ["RUN=claims_test", "RUN=claims_attacked_test", "RUN=claims_met_test",
-                    "RUN=claims_response_test"]
+    assert len(set(runs)) == 13 and all(name.endswith("_test") for name in runs)

@@ -22,7 +22,7 @@ BELOW = {  # what the files of a room may import; a stage may import all of them
     "stage": {"engine", "selfplay", "judge", "evaluation", "judge_adapter"},
     "bench": {"engine", "selfplay", "judge", "evaluation", "judge_adapter", "bench"}}
 DENSITY = 5      # comprehensions in 100 lines, fewer than
-LINES = 7650     # outside tests/ and bench/, at most; 7,650 before the errors of a review were mended
+LINES = 7650     # outside tests/ and bench/, at most
 SKIPPED = {"checkpoints", "results", "shared"}
 
 

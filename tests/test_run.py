@@ -255,7 +255,7 @@ def test_command_of_a_script_of_the_repository(tmp_path):
 
 
 def test_machine_and_peak():
-    assert re.match(rf"{os.cpu_count()} CPU cores \(\w+\), \d+ GB", run.machine())
+    assert re.match(rf"{os.cpu_count()} CPU cores \(\w+ \w+\), \d+ GB", run.machine())
     block = bytearray(300 * 2 ** 20)
     block[::4096] = b"x" * len(block[::4096])  # touched, so that it is resident
     assert 0.3 < run.peak_gb() < 100
