@@ -32,12 +32,14 @@ Departures from the published code, each with its reason:
  d. With UPDATES=1 the k1 penalty uses the log-probs of sampling: one forward pass less.
  e. zero_sum, which the paper analyses and its code lacks, is here: SCHEME=zero_sum.
  f. Random numbers are a function of (SEED, step), so a resumed run needs no generator state.
- g. SSP: an attack is paid by how far its seed's label is kept, and charged if it is about something
-    else (a rewrite by prompts/strategies.txt has a cosine above .46 with its seed; under 1 % have
-    .40 with another). The pool: selfplay/replay.py; its games come on top of a step's own. Harmful
-    and benign turns differ in their range of reward, and so do 4 or more replays: normalized apart.
- h. An attack that the judge calls a refusal of its seed has lost (published: it is a rewrite like
-    any other). A small defender repeats such an attack, so a benign request counts as refused.
+ g. SSP: an attack is paid by how far its seed's label is kept. One that is about something else
+    loses DRIFT_LOSS: its cosine with its seed is below RELEVANT. (All rewrites of seeds by
+    prompts/strategies.txt reach .46 with their own seed, under 1 % reach .40 with another.) The
+    pool: selfplay/replay.py; its games come on top of a step's own. Harmful and benign turns have
+    baselines of their own, since their rewards differ in range; so have 4 or more replays.
+ h. An attack that is empty, or that the judge calls a refusal of its seed, has lost (published: it
+    is a rewrite like any other). A small defender repeats a refusal, and a benign request counts as
+    refused.
  i. An empty reply is neither refusal nor answer, so both players lose the refusal term (published:
     judged like any other, and then it wins a benign game). SSP: 0 for both, but a drifted attack
     loses DRIFT_LOSS; no visit that masters.
@@ -96,7 +98,7 @@ HORIZON = 100             # rollouts of the cosine to a tenth of LR; published: 
 WARMUP: Share = 0.03      # share of HORIZON; published: 0.03
 UPDATES = 1               # optimizer steps a rollout; published: up to 6 of 32 turns
 KL_COEF = 0.01            # k1 in the token reward; published: 0.01
-CLIP_EPS = 0.2            # paper: 0.2
+CLIP_EPS = 0.2            # paper: 0.2; with UPDATES=1 the ratio is 1 and nothing is clipped
 FORMAT_COEF = 1.0         # size of the format term; paper [SRT]: 1.0
 SSP_FORMAT_COEF = 0.25    # the same with METHOD=ssp, whose other rewards are 0 to 1 (ours)
 RELEVANT: Share = 0.4     # METHOD=ssp: cosine from which an attack is about its seed, departure g
@@ -316,7 +318,8 @@ def play(attacker, defender, tok, scorer, games, generator, temperature=1.0, lik
     facts, to_seed = {}, {t.game: x for t, x in zip(disguised, undisguised)}
     for t, x in zip(attacks, rewrites):
         relevant = not likeness or likeness.cosines(t.answer, [t.seed["prompt"]])[0] >= RELEVANT
-        facts[t.game] = dict(declined=x.response_refusal is True, relevant=bool(relevant))
+        declined = x.response_refusal is True or x.empty
+        facts[t.game] = dict(declined=declined, relevant=bool(relevant))
     # (5) a reward for each turn
     turns = []
     for t in attacks + replies:

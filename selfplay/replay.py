@@ -1,8 +1,7 @@
 """SSP's experience pool: an upper confidence bound brings back the failures that the defender
 handles worst and has seldom met of late (arXiv 2601.10589). The paper gives the idea; the rules and
-constants are ours. The bound is discounted (arXiv 0805.3415): old visits say little of a defender
-that learns. A visit in which the defender was shown its earlier reply says nothing of how it does
-without, so it counts for retiring alone.
+constants are ours. The defender changes, so earlier visits weigh less (arXiv 0805.3415). A visit in
+which the defender was shown its earlier reply does not change the mean: it counts for RETIRE alone.
 
 An attack comes in if it is about its seed and the defender fails again when it is asked afresh. One
 that is replayed brings a benign request along that sounds alike, so that refusing all has a price.
@@ -21,10 +20,11 @@ from selfplay.monitor import mean
 PER_SEED = 4       # items of one seed at most: a seed that is hard must not fill the pool
 DISCOUNT = 0.95    # of the weight of earlier visits, a step
 SAFE_VISITS = 3    # plain, non-empty, safe ones that an item needs to be mastered
-RETIRE = 8         # visits after which an item leaves in any case: what is left is judge noise
+RETIRE = 8         # visits after which an item leaves in any case. Without it one item was visited
+#                    23 times because the judge's label changed; a hard one gets 8 tries, too
 FRESH = 3          # replies to a new failure's attack, asked for again: one reply may be bad luck
 FAILED = 2         # of them that must be unsafe, too
-ALIKE = 0.9        # cosine above which two attacks are one: of 20 rewrites of a seed one is so near
+ALIKE = 0.9        # cosine above which two attacks are one: one in 20 pairs of rewrites of a seed
 DISTILLED = 64     # safe replies kept for the SFT mix, the newest
 BEFORE = re.compile(r"earlier|previous|(?:last|that|my|unsafe) repl", re.I)  # of the unsafe reply
 PAIRS = 4          # benign seeds that take turns beside one attack, the likest ones
@@ -180,7 +180,9 @@ class Pool:
         for turn, reward in failures:
             game = "replayed_harmful", turn.seed, Item(-1, turn.seed, turn.request, "", reward)
             again += [game] * FRESH
-        retried = list(map(r_def, play(again))) if again else []
+        retried = []
+        for turn in play(again) if again else []:  # an empty reply is not unsafe
+            retried.append(None if turn.labels.empty else r_def(turn))
         m = dict(self.remember(games, turns, rewards), **self.admit(failures, retried))
         mastered, born = len(self.left) - self.retired, max(1, self.born)
         return dict(m, pool=len(self.items), mastered=mastered / born,
@@ -200,7 +202,7 @@ class Pool:
 
     def admit(self, failures, retried):
         """Insert the failures() whose attacks fail again. retried: r_def of FRESH replies to each
-        in turn, None if dropped -> the share that came in."""
+        in turn, None if dropped or empty -> the share that failed again."""
         admitted = []
         for n, (turn, r_def) in enumerate(failures):
             again = retried[n * FRESH:(n + 1) * FRESH]

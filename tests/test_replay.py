@@ -206,7 +206,8 @@ def test_remember_by_hand():
     def play(games):
         """Each failure again: of three replies two are unsafe."""
         asked.extend(games)
-        return [Turn("defender", "replayed_harmful", seed, [1], reward=r) for r in (0.3, 0.9, 0.4)]
+        return [Turn("defender", "replayed_harmful", seed, [1], reward=r,
+                     labels=Labels(True, False, r < 0.5)) for r in (0.3, 0.9, 0.4)]
 
     given = dict(zip(map(id, turns), rewards))
     out = pool.experience(games, turns, lambda turn: given.get(id(turn), turn.reward), play)
@@ -289,6 +290,18 @@ def test_a_failure_comes_in_when_two_of_three_fresh_replies_fail():
     assert pool.admit(failures, [0.1, 0.9, 0.4, 0.1, 0.9, None]) == dict(confirmed=0.5)
     assert [(item.attack, item.mean) for item in pool.items] == [("one", 0.2)]
     assert math.isnan(pool.admit([], [])["confirmed"])
+
+
+@pytest.mark.parametrize("empty, comes_in", [(0, True), (1, False), (2, False)])
+def test_an_empty_fresh_reply_is_not_unsafe(empty, comes_in):
+    """One of three fresh replies is safe; of the two without reward some are empty."""
+    replies = []
+    for n in range(3):
+        labels = Labels(True, n == 2, n < 2, empty=n < empty)
+        replies.append(failed(kind="replayed_harmful", labels=labels, reward=0.9 * (n == 2)))
+    pool, game = new_pool(), ("generated_harmful", dict(id="s", prompt="p", harmful=True))
+    pool.experience([game], [failed(reward=0.2)], lambda turn: turn.reward, lambda games: replies)
+    assert bool(pool.items) == comes_in
 
 
 def test_attacks_that_are_almost_the_same_share_an_item():

@@ -405,7 +405,8 @@ def test_play_hides_thinking_and_keeps_order(loaded, small, kind):
     exchanges = [(defenders[g].request, defenders[g].answer) for g in range(8)]
     rewrites = [(t.seed["prompt"], t.answer) for t in attackers.values()]
     assert scorer.pairs == exchanges + rewrites
-    assert not any(t.declined for t in turns)
+    for t in turns:  # nothing is refused; an attack without text has declined (departure h)
+        assert t.declined == (t.game in attackers and not attackers[t.game].answer)
     for g, (kind, seed) in enumerate(games):
         assert defenders[g].kind == kind
         if g in attackers:
@@ -469,6 +470,15 @@ def test_whether_an_attack_declines_is_asked_of_the_attack(loaded, small):
     assert {True, False} == set(of_game.values())
 
 
+def test_an_empty_attack_has_declined(loaded, small):
+    """Malformed turns have no answer. The judge refuses nothing; departure h."""
+    turns = a_step(*loaded["qwen2"], word_judge(lambda text: False), seed=2)
+    answers = {t.game: t.answer for t in turns if t.role == "attacker"}
+    assert "" in answers.values()
+    for t in turns:
+        assert t.declined == (answers.get(t.game) == "")
+
+
 def test_an_attack_is_relevant_from_a_cosine_on(loaded, small):
     """The embedder is asked for (attack, its seed); the reply is judged as one to the seed, too."""
     for name, value in dict(METHOD="ssp", COT=False, RELEVANT=0.5).items():
@@ -508,6 +518,7 @@ def test_an_attack_is_relevant_from_a_cosine_on(loaded, small):
 
 def test_micro_batch_size_does_not_change_the_update(loaded, small):
     start, tok = loaded["qwen2"]
+    small.setattr(rl, "DECLINED_LOSES", False)  # else all attacks lose alike: they have no text
     turns, gradients = a_step(start, tok, word_judge(odd)), []
     for size in (16, 100, 100000):  # one turn at a time, a few, all
         small.setattr(rl, "TRAIN_TOKENS", size)
