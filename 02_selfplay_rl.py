@@ -37,9 +37,8 @@ Departures from the published code, each with its reason:
     prompts/strategies.txt reach .46 with their own seed, under 1 % reach .40 with another.) The
     pool: selfplay/replay.py; its games come on top of a step's own. Harmful and benign turns have
     baselines of their own, since their rewards differ in range; so have 4 or more replays.
- h. An attack that is empty, or that the judge calls a refusal of its seed, has lost (published: it
-    is a rewrite like any other). A small defender repeats a refusal, and a benign request counts as
-    refused.
+ h. An attack that is empty, or that the judge calls a refusal of its seed, has lost (published: any
+    rewrite may win). A small defender repeats a refusal, and a benign request counts as refused.
  i. An empty reply is neither refusal nor answer, so both players lose the refusal term (published:
     judged like any other, and then it wins a benign game). SSP: 0 for both, but a drifted attack
     loses DRIFT_LOSS; no visit that masters.

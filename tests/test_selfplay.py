@@ -907,7 +907,11 @@ def test_any_model_starts_with_an_sft_file(small_run, workplace, tmp_path, capsy
             for i, kind in enumerate(["comply", "refuse", "comply"])]
     sft = write_jsonl(tmp_path / "sft.jsonl", rows)
     small_run("STEPS=1", f"SFT={sft}", "RUN=a")
-    assert "SFT examples 2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "SFT examples 2" in said and "WARNING" not in said
+    (tmp_path / "meta.json").write_text(json.dumps(dict(parent="smollm2")))
+    small_run("STEPS=1", f"SFT={sft}", "RUN=author")
+    assert f"WARNING: smollm2 wrote the examples of {sft}" in capsys.readouterr().out
     small_run("STEPS=1", f"SFT={sft}", "RUN=b", "SFT_KINDS=all")
     assert "SFT examples 3" in capsys.readouterr().out
     assert "not found" in stops(small_run, "STEPS=1", "SFT=nowhere.jsonl", "RUN=c")
