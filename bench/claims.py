@@ -191,7 +191,7 @@ def responses(arms):
 
 def attackers_of(arms):
     """Those of the arms whose attacks all are tested with: one random seed of each, and not where
-    the defender alone was trained (the attacker's turns become refusals there: 90 of 96)."""
+    the defender alone was trained (its attacks become refusals: 88 of 96 by the matcher)."""
     return [arm for arm in arms if arm in GRID and "ROLES=defender" not in GRID[arm][1]]
 
 
