@@ -470,6 +470,10 @@ def test_what_was_asked_of_other_weights_or_attacks_is_forgotten(claims, made_up
     for arm in ARMS:
         assert not known.has(arm, "attacked_by_sft_alone")
     assert before.file.read_text() == text  # until something new is kept
+    few = again(dict(selfplay="x"))  # arms that are not here stay in the file
+    assert few.arms == ["selfplay"]
+    few.save()
+    assert again().arms == list(ARMS)
     assert "labels of other judges" in stops(lambda words: again(judges=words), dict(a="b"))
     # an arm that was asked other prompts is not compared with these
     labels(made_up.grid / "other", share(3), prefix="other")
@@ -572,6 +576,9 @@ def test_attacks_that_ssp_met_are_asked_when_two_of_its_arms_are_there(claims, g
     write_jsonl(claims.met_file(off), [dict(id="b~ssp_off-0", prompt="<b>")])
     claims.evaluate(claims.SSP_ARMS, known)
     assert "b~ssp_off-0" in asked[2] and "a~ssp_off-0" not in known.data["ids"]["met"]
+    write_jsonl(claims.met_file(plain), [dict(id="c~ssp_plain-0", prompt="<c>")])
+    claims.evaluate(claims.SSP_ARMS, known)
+    assert "c~ssp_plain-0" in asked[3] and len(asked) == 4
 
 
 def test_a_benchmark_that_comes_later_is_asked(claims, grid, made_up, monkeypatch):
