@@ -1,6 +1,6 @@
 """The papers' claims, tested: train the arms of a grid, evaluate them, write the table of claims.
 
-    python bench/claims.py                        what is missing, one after another: about 15 hours
+    python bench/claims.py                        what is missing, one after another: a day and more
                                                   on 2 CPU cores; the same command goes on
     python bench/claims.py PLAN_ONLY=true         the commands only
     python bench/claims.py ARMS=selfplay,sft_alone    these arms, and those that they start from
@@ -65,7 +65,7 @@ DATA_DIR = ""             # benchmarks for 03; "": held-back seeds only
 LIMIT = 0                 # prompts of a benchmark at most; 0: all
 ADAPTERS_DIR = "adapters"  # where finished arms are kept
 RUN = "claims"            # names results/runs/RUN, results/reference/RUN and, with _ARM, the runs
-TRAIN = True              # train the arms that are missing; False: evaluate those that are kept
+TRAIN = True              # what is missing, best responses too; False: evaluate what is kept
 PLAN_ONLY = False         # print the commands and stop (display)
 TABLE_ONLY = False        # train and ask nothing (display)
 # ==================================================================================================
@@ -191,7 +191,7 @@ def responses(arms):
 
 def attackers_of(arms):
     """Those of the arms whose attacks all are tested with: one random seed of each, and not where
-    the defender alone was trained (its attacks become refusals: 88 of 96 by the matcher)."""
+    the defender alone was trained (defender_only: 88 of 96 attacks are refusals by the matcher)."""
     return [arm for arm in arms if arm in GRID and "ROLES=defender" not in GRID[arm][1]]
 
 
@@ -336,6 +336,10 @@ def folder_of(words, arm):
 
 def evaluate(arms, known):
     """(3) Ask BASE and the finished arms what they were not asked yet."""
+    met = [arm for arm in SSP_ARMS if arm in arms]
+    for arm in met:
+        if not met_file(arm).is_file():
+            die(f"{run.short(met_file(arm))}: not found: it was made with {kept_at(arm)}")
     new, wanted = [], wanted_benchmarks()
     for arm in arms:
         if not known.attacks(arm) or not wanted <= known.benchmarks(arm):
@@ -347,7 +351,6 @@ def evaluate(arms, known):
         unmet = [arm for arm in arms if not known.has(arm, measure)]
         if unmet:
             ask_attacked(unmet, attacker, known)
-    met = [arm for arm in SSP_ARMS if arm in arms]
     if len(met) > 1:
         ask_met(met, known)
 
@@ -393,8 +396,6 @@ def ask_met(arms, known):
     """SSP arms on the attacks that worked against one of them in training."""
     rows = []
     for arm in arms:
-        if not met_file(arm).is_file():
-            die(f"{run.short(met_file(arm))}: not found: it was made with {kept_at(arm)}")
         rows += read_rows(met_file(arm), heal=False)
     digest = players.sha(rows)
     if not rows or all(known.answers(arm).get("met", {}).get("attacks") == digest for arm in arms):
@@ -486,7 +487,7 @@ def write_table():
     arms = grid()
     answers = known_outcomes([BASE, *filter(is_kept, arms)])  # stops at an arm made otherwise
     answers.embed = attackers.load_embedder("")
-    if not answers.arms:
+    if not set(answers.arms) - {BASE}:
         die(f"{run.short(answers.file)} has no outcomes of an arm (SPLIT={SPLIT}, LIMIT={LIMIT}): "
             "leave TABLE_ONLY out, or give the LIMIT of the evaluation")
     missing = [arm for arm in arms if arm not in answers.arms]
@@ -543,9 +544,11 @@ def main(argv):
         for arm in arms if TRAIN else ():
             train(arm)                                                                  # (1) (2)
         kept = [arm for arm in grid() if is_kept(arm)]
+        if not kept:
+            die(f"ADAPTERS_DIR={ADAPTERS_DIR}: no arm in it")
         known = known_outcomes([BASE, *kept])
         evaluate([BASE, *kept], known)                                                  # (3)
-        ask_responses(responses(kept), known)                                           # (4)
+        ask_responses(responses(kept) if TRAIN else [], known)                          # (4)
     write_table()                                                                       # (5)
 
 

@@ -16,7 +16,7 @@ hopes for, and MARGIN more where the claim is that nothing was lost:
 * All claims are one family. The word is "cannot tell" too where Holm's adjusted p is above LEVEL,
   or with fewer than LEAST prompts. A claim without figures is in the family with p = 1.
 * p knows the prompts, not how much two training runs of one arm differ. So the word is "cannot tell"
-  too where one pair of random seeds, one of each arm, has a gain of the other sign. The table says
+  too where one pair of random seeds, one of each arm, has no gain of the same sign. The table says
   how many runs there are: of one against one, a word is about these two runs.
 
 Each of three opinions has a family of its own: the judge that gave the reward, the second judge,
@@ -89,7 +89,7 @@ TABLE = [  # text, the paper's number, new arm, old arm, measures (a claim each)
     ("The self-play defender loses less to a best response than the warm-up's", NONE,
      "response_selfplay", "response_warmup", "exploit", -1, False)]
 NOTES = """
-* All arms see the same seeds in as many steps. Adam's steps do not shrink with the loss: the SFT mix
+* The arms of one random seed see the same seeds in as many steps. Adam's steps do not shrink with the loss: the SFT mix
   alone gets whole steps, with RL it gets a part of each; an arm of one role gives whole steps to it.
 * Replay comes on top of a step's games: ssp_plain and ssp_reflect have up to half as many defender's
   games again as ssp_off. ssp_reflect also adds examples to the SFT mix.
@@ -329,7 +329,7 @@ def arms_table(answers):
 def write(file, answers, judges, about):
     """The table, as Markdown in `file` and as JSON beside it. about: what the figures rest on."""
     rows = judge_claims(answers)
-    rule = (f"Family of {len(CLAIMS)} claims, Holm, level {LEVEL}; a rate is kept if it loses less "
+    rule = (f"Family of {len(CLAIMS)} claims (the other opinions: without diversity), Holm, level {LEVEL}; a rate is kept if it loses less "
             f"than {MARGIN}. Where no answer changed, it takes {prompts_to_keep()} prompts to say so.")
     file.parent.mkdir(parents=True, exist_ok=True)
     text = (f"{about} {rule}\n\n{markdown(rows, judges)}{NOTES}\nThe arms: rates by {judges[0]}, 95 % "

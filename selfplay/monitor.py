@@ -147,7 +147,7 @@ PANELS = {  # title -> {column of metrics.csv: legend}
     "format and attacks": dict(fmt="turns that are well-formed",
                                faithful="attacks as harmful as their seed",
                                unique="attacks that differ", copy="attacks that copy their seed",
-                               atk_refuse="attacks that refuse their seed",
+                               atk_refuse="attacks that are empty or refuse",
                                relevant="attacks about their seed"),
     "distance and spread": dict(kl="KL to the start, per token", entropy="entropy / 10"),
     "tokens per turn": dict(len="both roles", len_atk="attacker"),

@@ -111,8 +111,8 @@ def start(scope, load_embedder):
     if c.SFT and not (sft_file and sft_file.is_file()):
         die(f"SFT={c.SFT}: file not found: python 01_sft_warmup.py writes such a file")
     if c.SFT and not run.locate(f"{source}/meta.json"):  # no model of ours: who wrote its examples?
-        made = run.read_json(sft_file.parent / "meta.json", missing={}).get("parent", c.MODEL)
-        if made != c.MODEL:
+        made = run.read_json(sft_file.parent / "meta.json", missing={}).get("parent")
+        if made not in (None, run.publishable(c.MODEL)):
             print(f"WARNING: {made} wrote the examples of {c.SFT}, MODEL is {c.MODEL}")
     rubric = c.RUBRIC_JUDGE if c.METHOD == "ssp" else ""
     inputs = dict(MODEL=models.fingerprint(source), JUDGE=c.judge.fingerprint(c.JUDGE),

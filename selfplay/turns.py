@@ -39,7 +39,7 @@ class Turn:
     thinking: str = ""
     answer: str = ""
     well_formed: bool = False
-    declined: bool = False         # the judge calls the game's attack a refusal of its seed
+    declined: bool = False         # the game's attack is empty, or a refusal of its seed
     relevant: bool = True          # SSP: the game's attack is about its seed
     labels: object = None          # judge.Labels of (request, answer)
     reward: float | None = None    # None: dropped

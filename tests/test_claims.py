@@ -517,6 +517,9 @@ def test_each_attackers_attacks_are_asked_of_those_that_have_not_met_it(claims, 
     assert entry["attacked_by_zero_sum"]["judge"] == "10"
     assert "judge2" not in entry["attacked_by_zero_sum"]  # there are no labels by it
     assert entry["attacked_by_selfplay"]["judge2"] == "00"  # nothing was sent
+    known.add("zero_sum", "seeds_harmful", dict(judge=pandas.Series(dict(p0=0.0, p1=0.0))))
+    known.add_attacked("zero_sum", "selfplay", grid.root / "nowhere")  # without a second judge
+    assert set(known.answers("zero_sum")["attacked_by_selfplay"]) == {"judge", "attacks"}
     claims.evaluate(arms, known)
     assert len(asked) == 2
 
@@ -553,7 +556,6 @@ def test_attacks_that_ssp_met_are_asked_when_two_of_its_arms_are_there(claims, g
     launch, asked = answers_of(claims, grid.root, claims.SSP_ARMS, lambda text: True)
     monkeypatch.setattr(claims.launcher, "launch", launch)
     known = claims.known_outcomes(claims.SSP_ARMS)
-    claims.evaluate([off], known)
     for arm in claims.SSP_ARMS:
         assert f"{arm}/met.jsonl: not found" in stops(
             lambda arms: claims.evaluate(arms, known), sorted([off, plain, reflect], key=arm.__ne__))
@@ -606,8 +608,12 @@ def test_data_dir_is_looked_for_before_anything_is_trained(claims, grid):
 def test_train_false_trains_nothing(claims, grid, monkeypatch):
     monkeypatch.setattr(claims, "train", lambda arm: pytest.fail(arm))
     monkeypatch.setattr(claims, "evaluate", lambda arms, known: grid.ran.append(arms))
-    stops(grid.main, "TRAIN=false")  # no outcomes to make a table of
-    assert grid.ran == [[claims.BASE]]
+    monkeypatch.setattr(claims, "respond", lambda arm: pytest.fail(arm))
+    assert "ADAPTERS_DIR=adapters: no arm in it" in stops(grid.main, "TRAIN=false")
+    monkeypatch.setattr(claims, "is_kept", lambda arm: arm == "warmup")
+    monkeypatch.setattr(claims.run, "file_digest", lambda *paths: "x")
+    assert "has no outcomes of an arm" in stops(grid.main, "TRAIN=false")
+    assert grid.ran == [[claims.BASE, "warmup"]]
 
 
 def test_arms_that_were_asked_otherwise_are_not_compared(claims, made_up):
