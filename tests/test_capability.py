@@ -152,7 +152,7 @@ ROW = '{"id": "1", "answerKey": "A", "question": {"stem": "s", "choices": [%s]}}
     ("mmlu", "mmlu/dev/x_dev.csv", "q,1,2,3,4,A\n", ["x_test.csv"]),     # one example
     ("arc_challenge", "arc/ARC-Challenge-Test.jsonl", '{"id": "1"}\n', ["ARC-Challenge", "quest"]),
     ("arc_challenge", "arc/ARC-Challenge-Test.jsonl", ROW % '{"text": "t", "label": "B"}', ["'A'"]),
-    ("arc_challenge", "arc/ARC-Challenge-Test.jsonl", "[]\n{\n", ["line 2", "not JSON"]),
+    ("arc_challenge", "arc/ARC-Challenge-Test.jsonl", "{}\n{\n", ["line 2", "not JSON"]),
     ("arc_challenge", "arc/ARC-Challenge-Test.jsonl", (ROW % '{"text": "t", "label": "A"}') * 2,
      ["same id"]),
     ("truthfulqa_mc1", "truthfulqa/v1/mc_task.json", "[{}", ["mc_task.json"]),
