@@ -161,10 +161,10 @@ def evaluation(run_name, checkpoints, *words):
             f"SPLIT={SPLIT}", *words]
 
 
-def own_command(arms):
-    """The words that ask arms the held-back seeds and the benchmarks, and let them attack."""
+def own_command(arm):
+    """The words that ask an arm the held-back seeds and the benchmarks, and let it attack."""
     data = [f"DATA_DIR={DATA_DIR}"] if DATA_DIR else []
-    return evaluation(results(""), map(kept_at, arms), f"LIMIT={LIMIT}", "CROSSPLAY=none", *data)
+    return evaluation(results(""), [kept_at(arm)], f"LIMIT={LIMIT}", "CROSSPLAY=none", *data)
 
 
 def file_command(name, arms):
@@ -198,7 +198,7 @@ def attackers_of(arms):
 def all_commands(arms):
     """The commands that arms need from nothing. Those on attacks run once for each attacker."""
     asked = [BASE, *arms]
-    out = [*map(command, arms), own_command(asked)]
+    out = [*map(command, arms), *map(own_command, asked)]
     for attacker in attackers_of(arms):
         out.append(file_command(results(f"_attacked_{attacker}"), asked))
     met = [arm for arm in SSP_ARMS if arm in arms]
@@ -340,12 +340,10 @@ def evaluate(arms, known):
     for arm in met:
         if not met_file(arm).is_file():
             die(f"{run.short(met_file(arm))}: not found: it was made with {kept_at(arm)}")
-    new, wanted = [], wanted_benchmarks()
+    wanted = wanted_benchmarks()
     for arm in arms:
         if not known.attacks(arm) or not wanted <= known.benchmarks(arm):
-            new.append(arm)
-    if new:
-        ask_own(new, known)
+            ask_own(arm, known)
     for attacker in attackers_of(arms):
         measure = outcomes.ATTACKED + attacker
         unmet = [arm for arm in arms if not known.has(arm, measure)]
@@ -362,17 +360,19 @@ def wanted_benchmarks():
     return {*outcomes.OWN, *load_benchmarks(run.locate(DATA_DIR))}
 
 
-def ask_own(arms, known):
-    """Arms on the seeds and benchmarks; they attack, too."""
-    words = own_command(arms)
+def ask_own(arm, known):
+    """An arm on the seeds and benchmarks; it attacks itself and BASE, too."""
+    words = own_command(arm)
     launcher.launch(words)
     summary = run.read_json(folder_of(words, "summary.json"), benchmarks=dict)
-    for arm in arms:
-        folder = folder_of(words, arm)
-        known.check_asked(run.read_json(folder / "meta.json", fixed=dict)["fixed"])
-        known.keep_attacks(arm, folder / "attacks.jsonl")
-        for name in summary["benchmarks"]:
-            known.add_answers(arm, name, folder / name, outcomes.HARMFUL[name])
+    folder = folder_of(words, arm)
+    known.check_asked(run.read_json(folder / "meta.json", fixed=dict)["fixed"])
+    known.keep_attacks(arm, folder / "attacks.jsonl")
+    for name in summary["benchmarks"]:
+        known.add_answers(arm, name, folder / name, outcomes.HARMFUL[name])
+    if arm in attackers_of([arm]):
+        known.add_attacked(arm, arm, folder / "attacks_own")
+        known.add_attacked(BASE, arm, folder / "attacks_on_base")
     known.save()
 
 

@@ -50,22 +50,24 @@ def planned(claims, capsys, *words):
 def test_every_command_is_one_of_the_stages(claims, capsys, monkeypatch):
     """Each NAME=value is a constant of its script and a value that it takes."""
     commands = planned(claims, capsys, "DATA_DIR=<folder>", "THREE_SEEDS=selfplay,sft_alone")
-    # arms, more random seeds, best responses; own questions, 10 attackers, met, responses
-    assert len(commands) == len(claims.GRID) + 4 + 2 + 1 + 10 + 1 + 1
+    arms = len(claims.GRID) + 4  # with more random seeds
+    # train and ask each arm; ask the base; 10 attackers, met, two best responses and their games
+    assert len(commands) == 2 * arms + 1 + 10 + 1 + 2 + 1
     for words in commands:
         with monkeypatch.context() as m:
             stage = stage_of(words)
             keep_constants(m, stage)
             run.configure(vars(stage), words[1:])
             assert stage.RUN.startswith("claims")
-    assert len({words[1 + (words[0] != "03_evaluate.py")] for words in commands}) == len(commands)
+    assert len(set(map(tuple, commands))) == len(commands)
 
 
 def test_the_arms_differ_in_what_they_name_alone(claims, capsys):
     commands = {}
     for words in planned(claims, capsys):
         given = dict(word.split("=", 1) for word in words[1:])
-        commands[given.pop("RUN").removeprefix("claims_")] = given
+        name = given.pop("RUN").removeprefix("claims_")
+        commands[given["CHECKPOINTS"] if name == "claims" else name] = given
     base = commands["selfplay"]
     assert base == dict(MODEL="adapters/warmup", JUDGE="embedded", LORA_RANK="16", LR="0.0005",
                         SEED="0", STEPS="60", HORIZON="60", SEEDS_PER_STEP="32")
@@ -82,7 +84,7 @@ def test_the_arms_differ_in_what_they_name_alone(claims, capsys):
     assert response["MODEL"] == "adapters/selfplay" and response["STEPS"] == "40"
     assert (response["ROLES"], response["OPPONENT"]) == ("attacker", "frozen_turns")
     every = ["smollm2", *[f"adapters/{arm}" for arm in claims.grid()]]
-    assert commands["claims"]["CHECKPOINTS"].split(",") == every
+    assert set(every) <= commands.keys()  # each is asked alone
     assert commands["attacked_zero_sum"]["CHECKPOINTS"].split(",") == every
 
 
@@ -179,8 +181,8 @@ def test_the_grid_from_nothing_then_again(grid, capsys, claims, monkeypatch):
     run._locks.clear()
     grid.main("ARMS=selfplay,ssp_plain")
     assert [x for x in scripts(grid.ran) if "attacked" not in x] == [
-        "02 claims_selfplay", "02 claims_ssp_plain", "03 claims", "02 claims_response_warmup",
-        "02 claims_response_selfplay", "03 claims_response"]
+        "02 claims_selfplay", "02 claims_ssp_plain", *4 * ["03 claims"],
+        "02 claims_response_warmup", "02 claims_response_selfplay", "03 claims_response"]
     said = capsys.readouterr().out
     assert "warmup: finished" in said
     assert "resumed from checkpoints/claims_selfplay/step_000002" in said
@@ -585,7 +587,7 @@ def test_attacks_that_ssp_met_are_asked_when_two_of_its_arms_are_there(claims, g
 
 def test_a_benchmark_that_comes_later_is_asked(claims, grid, made_up, monkeypatch):
     known, asked = made_up.collect(), []
-    monkeypatch.setattr(claims, "ask_own", lambda arms, known: asked.append(arms))
+    monkeypatch.setattr(claims, "ask_own", lambda arm, known: asked.append(arm))
     monkeypatch.setattr(claims, "DATA_DIR", "data")
     monkeypatch.setattr(claims, "load_benchmarks", lambda source: dict(harmbench=[]))
     labels(made_up.grid / "x", share(3))
@@ -594,10 +596,10 @@ def test_a_benchmark_that_comes_later_is_asked(claims, grid, made_up, monkeypatc
     del known.data["arms"]["selfplay"]["answers"]["harmbench"]
     (grid.root / "data").mkdir()
     claims.evaluate(ARMS, known)
-    assert asked == [["selfplay"]]
+    assert asked == ["selfplay"]
     (made_up.grid / "reference/warmup/attacks.jsonl").unlink()  # lost: made anew
     claims.evaluate(ARMS, known)
-    assert asked[1] == ["warmup", "selfplay"]
+    assert asked[1:] == ["warmup", "selfplay"]
 
 
 def test_data_dir_is_looked_for_before_anything_is_trained(claims, grid):
