@@ -91,8 +91,8 @@ def from_hub(what):
     try:
         yield
     except Exception as problem:  # a dozen unrelated types; each means "not to be had"
-        die(f"{what} did not come ({type(problem).__name__}): check the name and the network, or "
-            "give a folder or file; what is gated needs its terms accepted and `hf auth login`")
+        die(f"{what} did not come from the Hugging Face hub ({type(problem).__name__}): check name "
+            "and network, or give a folder or file; if gated, accept its terms, `hf auth login`")
 
 
 def doing(text):

@@ -205,5 +205,5 @@ def test_a_hub_out_of_reach_stops_with_one_line(hub):
     known[next(tuple(b.hub.split()) for b in benchmarks.BENCHMARKS if b.name == "harmbench")] = [
         dict(Behavior="<b>", BehaviorID="1", ContextString="")]
     line = stops(benchmarks.load_benchmarks, "hub")
-    assert "walledai/StrongREJECT did not come (ConnectionError)" in line
+    assert "walledai/StrongREJECT did not come from the Hugging Face hub (ConnectionError)" in line
     assert asked[-1][0] == "walledai/StrongREJECT"  # nothing is asked after it

@@ -200,7 +200,7 @@ def test_other_tasks_are_the_harness_s_own(source, monkeypatch, loaded, tmp_path
     assert [q["id"] for q in questions] == ["pair_x/0", "pair_x/2", "pair_y/0", "pair_y/2"]
     capability.ask(*loaded["qwen2"], tmp_path / "pair.jsonl", questions)
     assert [r["id"] for r in read_jsonl(tmp_path / "pair.jsonl")] == [q["id"] for q in questions]
-    for name, words in (("none", "has no task 'none'"), ("offline", "did not come (ConnectionErr"),
+    for name, words in (("none", "has no task 'none'"), ("offline", "hub (ConnectionErr"),
                         ("wordless", "does not count right answers")):
         assert words in stops(capability.load_questions, name, source, 0)
 
