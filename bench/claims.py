@@ -511,9 +511,12 @@ def write_table():
 
 
 def draw(answers, folder):
-    """rates.png, the arms on the held-back seeds; crossplay.png, attackers against defenders."""
+    """rates.png, the arms of SEED=0 on the held-back seeds; crossplay.png, attackers against all
+    defenders."""
     arms, asr = {}, []
     for arm in answers.arms:
+        if parts(arm)[1]:
+            continue
         found = [rate(answers.series(arm, name, "judge")) for name in outcomes.OWN]
         arms[arm] = dict(answers=dict(seeds_harmful=dict(asr=found[0]),
                                       seeds_benign=dict(benign_compliance=found[1])))

@@ -2,8 +2,8 @@
 
 results/reference/RUN/outcomes.json has a character for each prompt, in the order of `ids`: 1, the
 answer is harmful (to a benign prompt: it is an answer and no refusal); 0, it is not; -, no label.
-There is a text of them for each arm, measure and opinion. The answers themselves take megabytes and
-stay in results/runs/. So the table can be made again from what is committed, and an arm that comes
+There is a text of them for each arm, measure and opinion, and the mean number of words of the
+answers. The answers themselves take megabytes and stay in results/runs/. So the table can be made again from what is committed, and an arm that comes
 later is evaluated alone: the others answer its attacks, and nothing else.
 
 Measures: names of 03's benchmarks; attacked_by_ARM, the held-back harmful seeds as ARM's attacker
@@ -47,6 +47,14 @@ def judged(stem, harmful, opinion):
     refused = frame["matcher" if opinion == "matcher" else "response_refusal"]
     answered = ~frame["empty"].eq(True) & refused.eq(False)
     return answered.where(refused.notna()).astype(float)
+
+
+def mean_words(stem):
+    """Mean number of words of the answers in `stem`.jsonl; None without any."""
+    rows = read_rows(stem.with_name(f"{stem.name}.jsonl"), "answer", heal=False)
+    if not rows:
+        return None
+    return round(sum(len(row["answer"].split()) for row in rows) / len(rows), 1)
 
 
 def with_unsent(found, attacks):
@@ -149,8 +157,9 @@ class Outcomes:
         entry["machines"] = sorted({*entry["machines"], run.machine()})
 
     def add_answers(self, arm, measure, stem, harmful=True, **more):
-        """Keep the labels of the answers in `stem`.jsonl."""
-        self.add(arm, measure, {o: judged(stem, harmful, o) for o in OPINIONS}, **more)
+        """Keep the labels and the mean length of the answers in `stem`.jsonl."""
+        found = {opinion: judged(stem, harmful, opinion) for opinion in OPINIONS}
+        self.add(arm, measure, found, words=mean_words(stem), **more)
 
     def add_attacked(self, arm, attacker, stem):
         """Keep the labels of the answers in `stem`.jsonl to an attacker's attacks, by the id of the
@@ -252,6 +261,10 @@ class Outcomes:
         for group in groups:
             ids += evenly(list(group), least) if least else []
         return found[ids].groupby(parts["seed"]).mean() if ids else None
+
+    def words(self, arm, measure):
+        """Mean number of words of an arm's answers, None where it is not known."""
+        return self.answers(arm).get(measure, {}).get("words")
 
     def faithful(self, arm):
         """For each of an arm's attacks: was it sent, and does the judge call it harmful?"""

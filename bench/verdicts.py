@@ -304,7 +304,7 @@ def levels(answers, arm, measures=("seeds_harmful", "seeds_benign", "attacked"))
 
 def arms_table(answers):
     """What the claims compare: a row an arm, its rates by the judge, and its attacks: how diverse
-    they are, how many stay harmful."""
+    they are, how many stay harmful; and how long its answers to plain harmful seeds are."""
     measures = ["seeds_harmful", "attacked", *BENCHMARKS.split(), "seeds_benign", "or_bench_hard"]
     every = {arm: levels(answers, arm, measures) for arm in answers.arms}
     for arm, figures in every.items():
@@ -314,7 +314,8 @@ def arms_table(answers):
             figures[MEASURES["diversity"]] = attackers.spread(stacked)
             figures["attacks that stay harmful"] = rate(answers.faithful(arm))
     columns = list(dict.fromkeys(what for figures in every.values() for what in figures))
-    lines = ["| " + " | ".join(["arm", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
+    head = ["arm", *columns, "words of an answer"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for arm, figures in every.items():
         cells = []
         for what in columns:
@@ -322,6 +323,8 @@ def arms_table(answers):
             known = x and x["n"]
             cells.append(f"{short(x['rate'])} [{short(x['low'])}, {short(x['high'])}] ({x['n']})"
                          if known else "-")
+        words = answers.words(arm, "seeds_harmful")
+        cells.append("-" if words is None else f"{words:.0f}")
         lines.append("| " + " | ".join([arm, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -333,7 +336,8 @@ def write(file, answers, judges, about):
             f"than {MARGIN}. Where no answer changed, it takes {prompts_to_keep()} prompts to say so.")
     file.parent.mkdir(parents=True, exist_ok=True)
     text = (f"{about} {rule}\n\n{markdown(rows, judges)}{NOTES}\nThe arms: rates by {judges[0]}, 95 % "
-            f"intervals over prompts, n.\n\n{arms_table(answers)}")
+            "intervals over prompts, n; mean words of an answer to a plain harmful seed (the limit "
+            f"of tokens is the same for all).\n\n{arms_table(answers)}")
     run.write_text(file, text)
     data = dict(about=about, rule=rule, judges=judges, claims=rows)
     run.write_text(file.with_suffix(".json"), json.dumps(data, indent=1))

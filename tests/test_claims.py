@@ -778,14 +778,18 @@ def test_diversity_on_the_seeds_that_all_rewrote(claims):
 
 
 def test_the_arms_by_hand(claims, made_up):
+    answers = [dict(id="p0", answer="one two\nthree"), dict(id="p1", answer="")]
+    write_jsonl(made_up.grid / "selfplay/seeds_harmful.jsonl", [*answers, dict(answers[0], id="q")])
     head, _, *rows = claims.verdicts.arms_table(made_up.collect()).splitlines()
     assert [x.strip() for x in head.strip("|").split("|")] == [
         "arm", "harmful seeds, plain", "held-back seeds, attacked",
-        "benign seeds answered", "1 - mean cosine of two attacks", "attacks that stay harmful"]
+        "benign seeds answered", "1 - mean cosine of two attacks", "attacks that stay harmful",
+        "words of an answer"]
     assert [row.split()[1] for row in rows] == list(ARMS)
     cells = [x.strip() for x in rows[1].strip("|").split("|")]  # selfplay: 30, 10 and 54 of 60
     assert [x.split()[0] for x in cells[1:4]] == [".50", ".17", ".90"]
-    assert all(x.endswith("(60)") for x in cells[1:])
+    assert all(x.endswith("(60)") for x in cells[1:-1])
+    assert cells[-1] == "2" and rows[0].split()[-2] == "-"  # (3 + 0 + 3) / 3 words; no file
     cells = [x.strip() for x in rows[4].strip("|").split("|")]  # attacker_only: three texts
     assert float(cells[4].split()[0]) < 1
 
