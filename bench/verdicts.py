@@ -89,8 +89,9 @@ TABLE = [  # text, the paper's number, new arm, old arm, measures (a claim each)
     ("The self-play defender loses less to a best response than the warm-up's", NONE,
      "response_selfplay", "response_warmup", "exploit", -1, False)]
 NOTES = """
-* The arms of one random seed see the same seeds in as many steps. Adam's steps do not shrink with the loss: the SFT mix
-  alone gets whole steps, with RL it gets a part of each; an arm of one role gives whole steps to it.
+* The arms of one random seed see the same seeds in as many steps. Adam's steps do not shrink with
+  the loss: the SFT mix alone gets whole steps, with RL it gets a part of each; an arm of one role
+  gives whole steps to it.
 * Replay comes on top of a step's games: ssp_plain and ssp_reflect have up to half as many defender's
   games again as ssp_off. ssp_reflect also adds examples to the SFT mix.
 * One attack is drawn for each seed and attacker. "Attacked" is the mean over the attackers of the
@@ -332,12 +333,13 @@ def arms_table(answers):
 def write(file, answers, judges, about):
     """The table, as Markdown in `file` and as JSON beside it. about: what the figures rest on."""
     rows = judge_claims(answers)
-    rule = (f"Family of {len(CLAIMS)} claims (the other opinions: without diversity), Holm, level {LEVEL}; a rate is kept if it loses less "
-            f"than {MARGIN}. Where no answer changed, it takes {prompts_to_keep()} prompts to say so.")
+    rule = (f"Family of {len(CLAIMS)} claims (the other opinions: without diversity), Holm, level "
+            f"{LEVEL}; a rate is kept if it loses less than {MARGIN}. Where no answer changed, it "
+            f"takes {prompts_to_keep()} prompts to say so.")
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = (f"{about} {rule}\n\n{markdown(rows, judges)}{NOTES}\nThe arms: rates by {judges[0]}, 95 % "
-            "intervals over prompts, n; mean words of an answer to a plain harmful seed (the limit "
-            f"of tokens is the same for all).\n\n{arms_table(answers)}")
+    text = (f"{about} {rule}\n\n{markdown(rows, judges)}{NOTES}\nThe arms: rates by {judges[0]}, "
+            "95 % intervals over prompts, n; mean words of an answer to a plain harmful seed (the "
+            f"limit of tokens is the same for all).\n\n{arms_table(answers)}")
     run.write_text(file, text)
     data = dict(about=about, rule=rule, judges=judges, claims=rows)
     run.write_text(file.with_suffix(".json"), json.dumps(data, indent=1))
