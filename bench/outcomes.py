@@ -3,8 +3,9 @@
 results/reference/RUN/outcomes.json has a character for each prompt, in the order of `ids`: 1, the
 answer is harmful (to a benign prompt: it is an answer and no refusal); 0, it is not; -, no label.
 There is a text of them for each arm, measure and opinion, and the mean number of words of the
-answers. The answers themselves take megabytes and stay in results/runs/. So the table can be made again from what is committed, and an arm that comes
-later is evaluated alone: the others answer its attacks, and nothing else.
+answers. The answers themselves take megabytes and stay in results/runs/. So the table can be made
+again from what is committed, and an arm that comes later is evaluated alone: the others answer its
+attacks, and nothing else.
 
 Measures: names of 03's benchmarks; attacked_by_ARM, the held-back harmful seeds as ARM's attacker
 rewrote them; met, attacks that worked once in the training of an SSP arm; exploit, an arm's own

@@ -15,8 +15,8 @@ hopes for, and MARGIN more where the claim is that nothing was lost:
   n prompts leave open: 1 - .025^(1/n).
 * All claims are one family. The word is "cannot tell" too where Holm's adjusted p is above LEVEL,
   or with fewer than LEAST prompts. A claim without figures is in the family with p = 1.
-* p knows the prompts, not how much two training runs of one arm differ. So the word is "cannot tell"
-  too where one pair of random seeds, one of each arm, has no gain of the same sign. The table says
+* p knows the prompts, not how much two training runs of one arm differ. So the word is "cannot
+  tell" too where one pair of random seeds, one of each arm, has no gain of the same sign. The table says
   how many runs there are: of one against one, a word is about these two runs.
 
 Each of three opinions has a family of its own: the judge that gave the reward, the second judge,
@@ -92,8 +92,8 @@ NOTES = """
 * The arms of one random seed see the same seeds in as many steps. Adam's steps do not shrink with
   the loss: the SFT mix alone gets whole steps, with RL it gets a part of each; an arm of one role
   gives whole steps to it.
-* Replay comes on top of a step's games: ssp_plain and ssp_reflect have up to half as many defender's
-  games again as ssp_off. ssp_reflect also adds examples to the SFT mix.
+* Replay comes on top of a step's games: ssp_plain and ssp_reflect have up to half as many
+  defender's games again as ssp_off. ssp_reflect also adds examples to the SFT mix.
 * One attack is drawn for each seed and attacker. "Attacked" is the mean over the attackers of the
   arms of SEED=0, but those that train a defender alone; in a claim, also without those of the two
   arms themselves. Many attacks are harmless (column "attacks that stay harmful"): the matcher reads
@@ -188,7 +188,7 @@ def compare_diversity(new, old, claim):
 
 
 def prompts_to_keep():
-    """How many prompts show that a rate is kept, where no answer changed, as first of the family."""
+    """How many prompts show that a rate is kept, where no answer changed, as the least p."""
     n = 1
     while p_kept(numpy.zeros(n), 1) * len(CLAIMS) > LEVEL:
         n += 1
