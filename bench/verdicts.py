@@ -39,6 +39,7 @@ from evaluation.scores import left_open, rate, resample
 
 RESAMPLES = 10_000        # of a bootstrap: the least p is 2 / 10,001, small enough for Holm
 SWAPS = 100_000           # of a permutation test: the standard error of a p of .002 is .0002
+SHARES = 720_720          # the least number that 2 to 16 divide
 MARGIN = 0.03             # what a rate may lose and count as kept (ours)
 LEVEL = 0.05              # of the family
 LEAST = 20                # prompts
@@ -133,8 +134,9 @@ def summary(samples, value, claim, n, p):
 
 
 def p_swapped(values):
-    """p that changes of prompts have a mean of 0: as often as not, the arms could be swapped."""
-    test = stats.permutation_test([values], numpy.mean, permutation_type="samples", vectorized=True,
+    """p that changes of prompts have a mean of 0: as often as not, the arms could be swapped. Shares
+    become whole numbers first: rounding would make a difference of two means that are equal."""
+    test = stats.permutation_test([numpy.round(values * SHARES)], numpy.mean, permutation_type="samples", vectorized=True,
                                   n_resamples=SWAPS, batch=SWAPS // 20, random_state=0)
     return test.pvalue
 

@@ -710,6 +710,12 @@ def test_p_of_swapped_arms_is_mcnemars(claims, n, fell, rose):
     assert got == pytest.approx(exact, abs=8 * (exact / 2 / 1e5) ** .5 + 2e-5)
 
 
+def test_a_mean_of_zero_is_no_difference(claims):
+    """Sevenths of attackers, thirds of runs: their floating-point sum is not 0."""
+    values = numpy.repeat([1 / 3, 1 / 7, -10 / 21], 7)
+    assert values.mean() != 0 and claims.verdicts.p_swapped(values) == 1.0
+
+
 def test_p_of_what_is_kept(claims):
     """Bonett and Price (2012): shares of the two kinds of change with one more each and n + 2."""
     for n, fell, rose in ((100, 3, 1), (100, 1, 7), (20, 0, 1)):
