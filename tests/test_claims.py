@@ -714,6 +714,7 @@ def test_a_mean_of_zero_is_no_difference(claims):
     """Sevenths of attackers, thirds of runs: their floating-point sum is not 0."""
     values = numpy.repeat([1 / 3, 1 / 7, -10 / 21], 7)
     assert values.mean() != 0 and claims.verdicts.p_swapped(values) == 1.0
+    assert claims.verdicts.p_swapped(numpy.repeat(1 / 3, 12)) == pytest.approx(2 / 2 ** 12)
 
 
 def test_p_of_what_is_kept(claims):
@@ -803,6 +804,23 @@ def test_the_arms_by_hand(claims, made_up):
     assert cells[-1] == "2" and rows[0].split()[-2] == "-"  # (3 + 0 + 3) / 3 words; no file
     cells = [x.strip() for x in rows[4].strip("|").split("|")]  # attacker_only: three texts
     assert float(cells[4].split()[0]) < 1
+
+
+def test_pictures_of_the_first_random_seed_and_of_all(claims, made_up, tmp_path, monkeypatch):
+    shown, met = [], []
+    monkeypatch.setattr(claims.tables, "draw_rates",
+                        lambda path, summary: shown.extend(summary["checkpoints"]))
+    monkeypatch.setattr(claims.crossplay, "heat_map", lambda path, x: met.extend(x["defenders"]))
+    monkeypatch.setattr(claims.publish, "shrink", lambda source, target: None)
+    claims.draw(made_up.collect(), tmp_path)
+    assert shown == [arm for arm in ARMS if arm != "selfplay_seed1"] and met == list(ARMS)
+
+
+def test_the_row_says_by_how_many_attackers(claims, made_up):
+    """Of five attackers, those of the two arms are left out."""
+    text = claims.verdicts.markdown(claims.verdicts.judge_claims(made_up.collect()), ("a", "b"))
+    [row] = [x for x in text.splitlines() if "selfplay against sft_alone: held-back seeds" in x]
+    assert "(60) by 3 attackers |" in row
 
 
 def test_best_responses(claims, made_up):
