@@ -120,9 +120,8 @@ def check_folder(folder, checkpoint, base, digests, defenders):
     that another checkpoint gave). defenders: {name of such a file: digest of who answers now}."""
     fixed = dict(EVAL_TOKENS=EVAL_TOKENS, ATTACK_TOKENS=ATTACK_TOKENS, SEED=SEED, DTYPE=DTYPE,
                  BASE_QUANT=BASE_QUANT, PROMPT_TOKENS=PROMPT_TOKENS, FORMAT=checkpoint.style,
-                 COT=checkpoint.cot,
-                 checkpoint=checkpoint.digest, base=base.digest, base_format=base.style,
-                 prompts=sha(*map(read_prompt, SHOWN)), **digests)
+                 COT=checkpoint.cot, checkpoint=checkpoint.digest, base=base.digest,
+                 base_format=base.style, prompts=sha(*map(read_prompt, SHOWN)), **digests)
     old = run.read_json(folder / "meta.json", missing=dict(fixed={}), fixed=dict)["fixed"]
     other = [f"{k}={old[k]} (now {v})" for k, v in fixed.items() if old.get(k, v) != v]
     if other:
@@ -265,7 +264,7 @@ def known_labels(file, key):
     if any(key.get(row["id"]) != row["key"] for row in known):
         print(f"{run.short(file)}: by another judge or of other answers, made anew")
         file.unlink()
-        known = []
+        return []
     return known
 
 

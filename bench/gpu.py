@@ -82,7 +82,8 @@ def pack(model):
                                         layer.bias is not None, compute_dtype=torch.bfloat16,
                                         quant_type="nf4", device="cpu")
                 weight = layer.weight.data.to("cpu")
-                new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+                new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4",
+                                               compress_statistics=False)
                 new.bias = layer.bias
                 new.support_avx512bf16_for_cpu = False
                 setattr(parent, name, new.to(device))
@@ -113,7 +114,7 @@ def require(true, what):
 # ---- checks: each returns what it measured, or raises --------------------------------------------
 
 def check_attention():
-    """Flash attention of torch with grouped heads, by itself and in a CUDA graph, against float64."""
+    """Torch's flash attention with grouped heads, alone and in a CUDA graph, against float64."""
     device, worst = models.device(), {}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     way = slots.varlen if device.type == "cuda" else slots.masked
@@ -138,13 +139,14 @@ def check_attention():
 
 def check_rollouts():
     """Slots with graphs, slots without, the plain way and the library: the same distribution as in
-    training; slots and the plain way draw the same numbers, so nearly all tokens agree in float32."""
+    training; slots and the plain way draw the same numbers: in float32 nearly all tokens agree."""
     model, out, captured = make_model(CONFIGS["tiny"], torch.float32), {}, []
     prompts, real = random_prompts(model, 24, 40), slots.Slots.capture
 
     def capture(s, b):
+        graph = real(s, b)
         captured.append(b)
-        return real(s, b)
+        return graph
 
     def without(s, b):
         raise RuntimeError("switched off by the benchmark")
@@ -270,6 +272,7 @@ def timed_rollout(model, rows, budget):
         return sampling.sample(model, NO_STOP, prompts, tokens, 1.0, rows, generator,
                                rollout="auto")
     short = min(TOKENS, 16)
+    work(short)  # kernels are loaded and chosen
     first = common.seconds(lambda: work(short))
     again = common.seconds(lambda: work(2 * short))
     each = max(again - first, 0.1 * first) / short
@@ -289,7 +292,8 @@ def time_step(name, card, budget):
     ref = make_model(CONFIGS[name.removesuffix("-nf4")], nf4=nf4)
     model = adapters.twin(ref)
     adapters.choose_weights(model, RANK, 2 * RANK, SEED)
-    out = dict(resident_gb=run.peak_gb(), load_s=time.time() - began)
+    resident = torch.cuda.memory_allocated() / 2 ** 30 if models.device().type == "cuda" else None
+    out = dict(resident_gb=resident, load_s=time.time() - began)
     turns, shape = [], memory.shape(ref.config)
     for role, rows in (("attacker", ROWS // 2), ("defender", ROWS)):
         free()
@@ -335,11 +339,15 @@ def time_learning(model, ref, turns, budget):
 
 
 def attempt(work, *args):
-    """What work() returns, or {"failed": why}."""
-    try:
-        return work(*args)
-    except Exception as problem:  # a benchmark reports whatever goes wrong, and goes on
-        return dict(failed=f"{type(problem).__name__}: {str(problem)[:300]}")
+    """What work() returns, or {"failed": why}; with "said", what the engine printed meanwhile: that
+    it goes without graphs or flash attention, for instance."""
+    said = []
+    with mock.patch.object(progress, "say", said.append):
+        try:
+            out = work(*args)
+        except (Exception, SystemExit) as problem:  # a benchmark reports all of it, and goes on
+            out = dict(failed=f"{type(problem).__name__}: {str(problem)[:300]}")
+    return dict(out, said=said) if said else out
 
 
 def main(argv):
@@ -350,23 +358,27 @@ def main(argv):
         if name.removesuffix("-nf4") not in CONFIGS:
             die(f"SHAPES: {name!r} is none of {', '.join(CONFIGS)}")
     began, found = time.time(), cost.find_card(memory.free_bytes()[1])
-    common.head(f"random weights, seed {SEED}; at most {MINUTES} minutes")
-    report = dict(meta=run.make_meta(globals(), ""), checks={}, steps={})
-    for name, check in CHECKS.items():
-        report["checks"][name] = attempt(check)
-        print(f"{name}: {json.dumps(report['checks'][name])}", flush=True)
-    for k, name in enumerate(names):
-        left = 60 * MINUTES - (time.time() - began)
-        report["steps"][name] = attempt(time_step, name, found and found[1], left / (len(names) - k))
-        print(f"{name}: {json.dumps(report['steps'][name])}", flush=True)
-    report["seconds"] = time.time() - began
     gpu = torch.cuda.is_available()
     label = re.sub(r"\W+", "_", torch.cuda.get_device_name().lower()) if gpu else "cpu"
-    folder = RESULTS / ("reference" if gpu else "runs")
-    folder.mkdir(parents=True, exist_ok=True)
-    run.write_text(folder / f"gpu_{label}.json", json.dumps(report, indent=1))
+    file = RESULTS / ("reference" if gpu else "runs") / f"gpu_{label}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    common.head(f"random weights, seed {SEED}; at most {MINUTES} minutes")
+    report = dict(meta=run.make_meta(globals(), ""), checks={}, steps={})
+
+    def note(part, name, result):
+        """Write what is known so far: a run that is cut keeps it."""
+        report[part][name], report["seconds"] = result, time.time() - began
+        run.write_text(file, json.dumps(report, indent=1))
+        print(f"{name}: {json.dumps(result)}", flush=True)
+
+    for name, check in CHECKS.items():
+        note("checks", name, attempt(check))
+    for k, name in enumerate(names):
+        left = 60 * MINUTES - (time.time() - began)
+        each = left / (len(names) - k)
+        note("steps", name, attempt(time_step, name, found and found[1], each))
     failed = [name for name, x in {**report["checks"], **report["steps"]}.items() if "failed" in x]
-    print(f"wrote {run.short(folder)}/gpu_{label}.json, {report['seconds']:.0f} s; "
+    print(f"wrote {run.short(file)}, {report['seconds']:.0f} s; "
           f"failed: {', '.join(failed) or 'nothing'}")
     sys.exit(bool(failed))
 

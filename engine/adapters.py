@@ -54,6 +54,9 @@ def twin(model):
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
         if "lora_" not in name:
             memo[id(p)] = p
+    for module in model.modules():
+        scales = getattr(module, "quant_state", None)  # of weights in NF4
+        memo[id(scales)] = scales
     return copy.deepcopy(model, memo)
 
 

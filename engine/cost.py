@@ -48,9 +48,7 @@ def seconds(card, model, judges, size, optimizer, turns, updates, rank=0, nf4=Fa
         out[name] = steps * each + 2 * model.weights * rows * prompt / rate
         tokens += rows * (prompt + new)
         shown += rows * (JUDGE_PROMPT + 2 * EXCHANGE * new)
-    out["judge"] = 0.0
-    for judge, *_ in judges:
-        out["judge"] += 2 * judge.weights * shown / rate
+    out["judge"] = 2 * sum(judge.weights for judge, *_ in judges) * shown / rate
     out["reference"] = (4 if updates > 1 else 2) * model.weights * tokens / rate  # 4: both models
     work = (4 if rank else 6) + 2 * checkpointing
     learning = rank * model.ports or model.weights

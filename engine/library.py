@@ -29,8 +29,7 @@ def complete(model, tok, prompts, max_new, temperature, batch, top_p, generator)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         results = model.generate_batch(prompts, generation_config=config,
-                                       continuous_batching_config=paging)
-    results = list(results.values())
+                                       continuous_batching_config=paging).values()
     if len(results) < len(prompts):
         die("ROLLOUT=library: the library's thread ended early: give ROLLOUT=slots or plain")
     for result in results:

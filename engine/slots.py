@@ -31,8 +31,7 @@ def key_value_shape(config):
 
 
 def flash_works(device, dtype, config):
-    """Can torch's varlen_attn attend for a model, and does it say what the plain way says? Else a
-    masked attention over all positions does."""
+    """Can torch's flash attention attend as the masked one does, which else does it?"""
     if torch.device(device).type != "cuda" or dtype == torch.float32:
         return False
     heads, kv_heads, width = key_value_shape(config)
@@ -52,13 +51,14 @@ def flash_works(device, dtype, config):
 
 
 def varlen(q_bHD, k_bMKD, v_bMKD, used_b, scale, window):
-    """Flash attention of one query a row over its first `used` positions, read in place."""
-    from torch.nn.attention.varlen import varlen_attn
+    """Flash attention of one query a row over its first `used` positions, read in place. The
+    operator beneath varlen_attn, whose public form lacks seqused_k before torch 2.12 or so."""
     b, M = k_bMKD.shape[:2]
     start = torch.arange(b + 1, dtype=torch.int32, device=q_bHD.device)
-    return varlen_attn(q_bHD.contiguous(), k_bMKD.flatten(0, 1), v_bMKD.flatten(0, 1), start,
-                       start * M, 1, M, scale=scale, enable_gqa=True, seqused_k=used_b.int(),
-                       window_size=(window - 1, 0) if window else (-1, -1))
+    return torch.ops.aten._flash_attention_forward(
+        q_bHD.contiguous(), k_bMKD.flatten(0, 1), v_bMKD.flatten(0, 1), start, start * M, 1, M,
+        0.0, False, False, scale=scale, seqused_k=used_b.int(),
+        window_size_left=window - 1 if window else -1, window_size_right=0 if window else -1)[0]
 
 
 def masked(q_bHD, k_bMKD, v_bMKD, used_b, scale, window):
@@ -192,16 +192,17 @@ class Slots:
             self.step(b)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        here = torch.cuda.stream(torch.cuda.current_stream())  # back to it if the capture fails
+        with here, torch.cuda.graph(graph, pool=self.pool):
             self.step(b)
         self.restore(before)
         self.step(b)
-        want, live = self.logits[:b].float(), ~before[3][:b]
+        want, live = self.logits[:b].float().clone(), ~before[3][:b]
         self.restore(before)
         graph.replay()
         apart = ((self.logits[:b].float() - want).abs() * live[:, None]).max()
         self.restore(before)
-        if apart > 16 * torch.finfo(self.model.dtype).eps * want.abs().max():
+        if not apart <= 16 * torch.finfo(self.model.dtype).eps * want.abs().max():  # or it is nan
             raise RuntimeError(f"the graph's logits differ from the step's by {apart:.2g}")
         self.pool = graph.pool()
         return graph
@@ -255,4 +256,5 @@ def complete(model, tok, prompts, uniform_NT, slots, every, pick, prefill, prefi
                 bar.total -= max_new - n  # tokens that were not needed
     finally:
         model.set_attn_implementation(before)
+        register("slots", None, None)  # else the library would hold keys, values and model
     return out

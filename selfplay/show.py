@@ -19,9 +19,7 @@ SHOWN = 300               # characters of a text
 
 def games(model, tok, seeds, cot):
     """Each seed plainly, then as the model (the defender's adapter) rewrites it -> the replies."""
-    drafts = []
-    for seed in seeds:
-        drafts.append(Turn("attacker", "", seed, attacker_prompt(tok, seed, cot)))
+    drafts = [Turn("attacker", "", seed, attacker_prompt(tok, seed, cot)) for seed in seeds]
     attacks = complete(model, tok, drafts, cot, MAX_NEW, 0.0, len(drafts))
     drafts = []
     for attack in attacks:

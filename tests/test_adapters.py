@@ -248,6 +248,14 @@ def test_nf4_weights_are_shared_too(tiny_models):
     for name, p in policy.named_parameters():
         if "lora_" not in name:
             assert p.data_ptr() == plain[name.replace(".base_layer", "")].data_ptr(), name
+    scales = 0
+    for name, module in model.named_modules():
+        if getattr(module, "quant_state", None) is not None:
+            other = policy.get_submodule(name)
+            other = getattr(other, "base_layer", other)
+            assert other.quant_state is module.quant_state is module.weight.quant_state, name
+            scales += 1
+    assert scales
     assert torch.equal(policy(IDS).logits, model(IDS).logits)
 
 

@@ -37,3 +37,20 @@ def test_what_fails_is_said_and_the_rest_goes_on(gpu, monkeypatch, tmp_path, cap
     assert "ZeroDivisionError" in said and "failed: nf4, tiny" in said
     report = json.loads((tmp_path / "runs/gpu_cpu.json").read_text())
     assert "failed" not in report["checks"]["attention"]
+
+
+def test_a_cut_run_keeps_its_checks_and_a_stop_is_a_failure(gpu, monkeypatch, tmp_path):
+    """What the engine says and how it stops is in the file; so is what came before an interrupt."""
+    def stops():
+        gpu.progress.say("rollouts without CUDA graphs: none here")
+        gpu.die("the library's thread ended early")
+
+    def interrupt():
+        raise KeyboardInterrupt
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "CHECKS", dict(stops=stops, cut=interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["SHAPES=tiny"])
+    checks = json.loads((tmp_path / "runs/gpu_cpu.json").read_text())["checks"]
+    assert list(checks) == ["stops"] and "thread ended early" in checks["stops"]["failed"]
+    assert checks["stops"]["said"] == ["rollouts without CUDA graphs: none here"]

@@ -1,6 +1,8 @@
 """engine/slots.py and engine/library.py beside the plain way of sampling, chi-square and the
 log-probabilities that are trained on. CUDA graphs themselves are checked by bench/gpu.py."""
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -193,6 +195,22 @@ def test_a_graph_that_fails_is_said_and_left_out(loaded, monkeypatch, capsys):
     assert sample(model, tok, prompts, 8, 1.0, 2, seeded(2), rollout="slots") == want
     assert len(tries) == 1
     assert "rollouts without CUDA graphs: operation not permitted" in capsys.readouterr().out
+
+
+def test_nothing_holds_the_keys_and_values_afterwards(loaded, monkeypatch):
+    """The library's table of attentions would: on a GPU the judge and the update need the memory."""
+    model, tok = copy.deepcopy(loaded["llama"][0]), loaded["llama"][1]
+    made, real = [], slots.Slots.__init__
+
+    def watched(s, *args):
+        real(s, *args)
+        made.append(weakref.ref(s))
+    monkeypatch.setattr(slots.Slots, "__init__", watched)
+    sample(model, tok, ragged_prompts(tok, 5), 8, 1.0, 2, seeded(2), rollout="slots")
+    made.append(weakref.ref(model))
+    del model
+    gc.collect()
+    assert [x() for x in made] == [None, None]
 
 
 def test_auto_is_slots_on_a_gpu_alone():
