@@ -353,6 +353,7 @@ def attempt(work, *args):
 def main(argv):
     run.configure(globals(), argv)
     progress.enable(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as load_model() does
     names = SHAPES.split(",")
     for name in names:
         if name.removesuffix("-nf4") not in CONFIGS:

@@ -51,7 +51,7 @@ def load_model(name, dtype="auto", quantize=False, frozen=False):
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional CPU kernel
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.enable_cudnn_sdp(False)  # torch 2.11's choice: with masks it can give nan
+    torch.backends.cuda.enable_cudnn_sdp(False)  # nan gradients: pytorch issue 196678
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt") and not torch.cuda.is_available():
         libc.mallopt(-3, 2 ** 31 - 1)  # M_MMAP_THRESHOLD and, below, M_TRIM_THRESHOLD: glibc keeps

@@ -31,7 +31,7 @@ def key_value_shape(config):
 
 
 def flash_works(device, dtype, config):
-    """Can torch's flash attention attend as the masked one does, which else does it?"""
+    """Does torch's flash attention work here, and agree with masked()? Else masked() is used."""
     if torch.device(device).type != "cuda" or dtype == torch.float32:
         return False
     heads, kv_heads, width = key_value_shape(config)
@@ -51,8 +51,8 @@ def flash_works(device, dtype, config):
 
 
 def varlen(q_bHD, k_bMKD, v_bMKD, used_b, scale, window):
-    """Flash attention of one query a row over its first `used` positions, read in place. The
-    operator beneath varlen_attn, whose public form lacks seqused_k before torch 2.12 or so."""
+    """Flash attention of one query a row over its first `used` positions, read in place.
+    This is the operator beneath varlen_attn, which has no seqused_k in torch 2.11."""
     b, M = k_bMKD.shape[:2]
     start = torch.arange(b + 1, dtype=torch.int32, device=q_bHD.device)
     return torch.ops.aten._flash_attention_forward(

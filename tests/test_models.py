@@ -486,3 +486,10 @@ def test_the_fingerprint_of_a_folder_knows_all_that_answers_depend_on(tiny_model
         file.write_text((file.read_text() if file.exists() else "") + " ")
         seen.add(models.fingerprint(str(folder)))
     assert len(seen) == 6
+
+
+def test_attention_by_cudnn_is_off(tiny_models):
+    """Its gradients can be nan where there is a mask: pytorch issue 196678."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    models.load_model(tiny_models["llama"], "float32")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
