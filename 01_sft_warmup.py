@@ -310,8 +310,7 @@ def main(argv):
     before = try_turns(model, tok, scorer, dev, "before")
     defender = defender_examples(model, tok, scorer, seeds, rng, generator)
     rows = build(tok, defender, attacker_examples(tok, seeds, rng))
-    kinds = collections.Counter(comply=0, refuse=0)
-    kinds.update(kind for *_, kind in defender)
+    kinds = collections.Counter(kind for *_, kind in defender)
     print(f"examples: {kinds['comply']} comply, {kinds['refuse']} refuse, {ATTACKER_EXAMPLES} "
           f"attacks; {time.time() - began:.0f} s")
     show(tok, rows[0])

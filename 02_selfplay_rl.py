@@ -358,9 +358,8 @@ def update(model, optimizer, turns, advantage, old, sft_batch, lr):
     """(7) A step on turns, advantages [T], old log-probs [T] (None: on-policy) -> dict of sums.
     Several processes share the micro-batches; optimizer.step sums their gradients."""
     tokens = sum(len(t.ids) for t in turns)
-    out, defender = dict(entropy=0.0, clipped=0, gap=0.0), model
-    if isinstance(model, dict):
-        defender = model["defender"]
+    out = dict(entropy=0.0, clipped=0, gap=0.0)
+    defender = model["defender"] if isinstance(model, dict) else model
     with progress.bar(len(turns), "learning", "turn") as bar:
         todo = batches_of(turns, TRAIN_TOKENS) if RL_COEF else []
         for part, weight in shards.rounds(todo, sizes(turns), defender) if todo else []:
@@ -432,8 +431,7 @@ def evaluate(r, step):
     if not EVAL_EVERY or step % EVAL_EVERY and step != STEPS:
         return {}
     cut = judge.cuts(r.scorer)
-    games = held_back.games(r.dev)
-    turns = play(*players(r), r.tok, r.scorer, games, None, 0.0, r.pool.likeness)
+    turns = play(*players(r), r.tok, r.scorer, held_back.games(r.dev), None, 0.0, r.pool.likeness)
     m = dict(held_back.measure(turns, r.tok, r.embed), dev_cut=judge.cuts(r.scorer) - cut)
     progress.say(held_back.line(step, m))
     return m

@@ -129,9 +129,37 @@ def check_folder(folder, checkpoint, base, digests, defenders):
     stale = []
     for name, digest in defenders.items():
         if old.get(name, digest) != digest:
-            stale += folder.glob(f"{name}.*")
+            stale += [*folder.glob(f"{name}.jsonl"), *folder.glob(f"{name}.labels*.jsonl")]
     fixed |= defenders
     return old | fixed if old | fixed != old else None, stale
+
+
+def open_folders(base, checkpoints, players, prompts):
+    """Stop if a folder has answers made otherwise; then claim the results' folder, delete stale
+    answers and note in each folder what it is made with -> (folders by label, results, meta)."""
+    digests, folders, fixed, stale = {}, {}, {}, []
+    for name, items in prompts.items():
+        digests[name] = sha([(item["id"], item.get("doc", item)) for item in items])
+    name = RUN + (f"_limit{LIMIT}" if LIMIT else "")
+    for c in dict.fromkeys(checkpoints + players):
+        only = digests if c in checkpoints else dict(seeds_harmful=digests["seeds_harmful"])
+        folders[c.label] = run.RUNS / name / c.label
+        defenders = {answers_name(c, d, base): d.digest for d in players
+                     if c in players and d not in (c, base)}
+        fixed[c.label], old = check_folder(folders[c.label], c, base, only, defenders)
+        stale += old
+    results = parallel.once(run.claim, dict(globals(), RUN=name), run.CHECKPOINTS)
+    meta = run.make_meta(globals(), CHECKPOINTS)
+    run.doing("; the same command goes on")
+    run.write_meta(results, meta)
+    for path in stale:
+        print(f"{run.short(path)}: answers of another checkpoint, deleted")
+        path.unlink(missing_ok=True)  # several processes do it
+    for label, made in fixed.items():
+        if made:
+            folders[label].mkdir(parents=True, exist_ok=True)
+            run.write_meta(folders[label], dict(meta, fixed=made))
+    return folders, results, meta
 
 
 def list_jobs(base, checkpoints, players, names):
@@ -158,11 +186,9 @@ def prompts_of(job, folders, prompts):
         return prompts[job.benchmark]
     if job.benchmark == "attacks":
         return prompts["seeds_harmful"]
-    items = []
-    for row in read_rows(folders[job.attacker.label] / "attacks.jsonl", "id", "answer"):
-        if row["answer"]:
-            items.append(dict(id=row["id"], prompt=row["answer"], harmful=True, text_ships=True))
-    return items
+    attacks = read_rows(folders[job.attacker.label] / "attacks.jsonl", "id", "answer")
+    return [dict(id=row["id"], prompt=row["answer"], harmful=True, text_ships=True)
+            for row in attacks if row["answer"]]
 
 
 def generate_all(jobs, folders, prompts, tasks):
@@ -209,9 +235,9 @@ def generate(model, tok, checkpoint, path, items):
         lengths.append(len(ids) + tokens)
     if cuts:
         print(f"{path.parent.name}/{path.name}: {cuts} prompts cut at {longest} tokens")
-    batches = []  # the longest prompts first: what does not fit into memory shows early
-    for part in reversed(micro_batches(lengths, SAMPLE_TOKENS)):
-        batches.append([items[k] for k in part])
+    # the longest prompts first: what does not fit into memory shows early
+    parts = reversed(micro_batches(lengths, SAMPLE_TOKENS))
+    batches = [[items[k] for k in part] for part in parts]
 
     def answer(number, batch):
         noise = torch.Generator().manual_seed(SEED * 1_000_003 + number)  # one for each batch
@@ -296,8 +322,7 @@ def clock(file, start):
     """-> note(phase): write the seconds since the last call into this run's entry in `file`. A run
     that was killed and went on has several entries. start: date and time, for the entry."""
     seconds, last = {}, time.time()
-    runs = run.read_json(file, kind=list, missing=[])
-    runs.append(dict(start=start, seconds=seconds))
+    runs = run.read_json(file, kind=list, missing=[]) + [dict(start=start, seconds=seconds)]
 
     def note(phase):
         nonlocal last
@@ -354,35 +379,13 @@ def main(argv):
                                               FORMAT, BASE_FORMAT)
     if JUDGE2 == JUDGE:
         die(f"JUDGE2={JUDGE2} is JUDGE too: a second opinion needs another judge")
-    judges = [(JUDGE, find_judge(JUDGE), "labels")]
-    if JUDGE2:
-        judges.append((JUDGE2, find_judge(JUDGE2), "labels2"))
+    suffixes = {JUDGE: "labels", JUDGE2: "labels2"} if JUDGE2 else {JUDGE: "labels"}
+    judges = [(name, find_judge(name), suffix) for name, suffix in suffixes.items()]
     if EMBEDDER and not locate(EMBEDDER):
         models.check_hub(EMBEDDER)  # stops by itself
-    prompts, sizes, digests = benchmarks | tasks, {}, {}
-    for name, items in prompts.items():
-        sizes[name] = len(items)
-        digests[name] = sha([(item["id"], item.get("doc", item)) for item in items])
-    name, folders, fixed, stale = RUN + (f"_limit{LIMIT}" if LIMIT else ""), {}, {}, []
-    for c in dict.fromkeys(checkpoints + players):
-        only = digests if c in checkpoints else dict(seeds_harmful=digests["seeds_harmful"])
-        folders[c.label] = run.RUNS / name / c.label
-        defenders = {answers_name(c, d, base): d.digest for d in players
-                     if c in players and d not in (c, base)}
-        fixed[c.label], old = check_folder(folders[c.label], c, base, only, defenders)
-        stale += old
-    results = parallel.once(run.claim, dict(globals(), RUN=name), run.CHECKPOINTS)
-    meta = run.make_meta(globals(), CHECKPOINTS)
-    run.doing("; the same command goes on")
-    run.write_meta(results, meta)
-    for path in stale:
-        print(f"{run.short(path)}: answers of another checkpoint, deleted")
-        path.unlink(missing_ok=True)  # several processes do it
-    for label, made in fixed.items():
-        if made:
-            folders[label].mkdir(parents=True, exist_ok=True)
-            made = json.dumps(dict(meta, fixed=made), indent=1)
-            run.write_text(folders[label] / "meta.json", made)
+    prompts = benchmarks | tasks
+    sizes = {name: len(items) for name, items in prompts.items()}
+    folders, results, meta = open_folders(base, checkpoints, players, prompts)
     note = clock(results / "times.json", meta["time"])
     print("prompts:", sizes)
 

@@ -1,7 +1,7 @@
 # make setup | demo | chat | test | bench: each alone is enough on a fresh machine with Python 3.11 or newer.
 PYTHON ?= python3
 PY := .venv/bin/python
-DEMO := STEPS=12 SEEDS_PER_STEP=8 SAVE_EVERY=6 EVAL_SEEDS=16
+DEMO := STEPS=12 SEEDS_PER_STEP=4 SFT_BATCH=4 SAVE_EVERY=6 EVAL_SEEDS=8
 
 .PHONY: setup demo chat test bench clean-demo
 
@@ -16,10 +16,10 @@ setup: .venv/complete
 
 # The whole chain on the embedded model, small: it proves that everything works, not that the method does.
 demo: setup
-	$(PY) 01_sft_warmup.py RUN=demo_01 DEFENDER_EXAMPLES=128 ATTACKER_EXAMPLES=80 EPOCHS=2 PROBE=32
+	$(PY) 01_sft_warmup.py RUN=demo_01 DEFENDER_EXAMPLES=64 ATTACKER_EXAMPLES=40 EPOCHS=2 PROBE=16
 	$(PY) 02_selfplay_rl.py MODEL=checkpoints/demo_01 RUN=demo_02 $(DEMO)
-	$(PY) 03_evaluate.py CHECKPOINTS=smollm2,checkpoints/demo_01,checkpoints/demo_02 RUN=demo_03 LIMIT=24 CROSSPLAY=none JUDGE2=
-	$(PY) -m evaluation.report RUN=demo_03 LIMIT=24
+	$(PY) 03_evaluate.py CHECKPOINTS=smollm2,checkpoints/demo_01,checkpoints/demo_02 RUN=demo_03 LIMIT=12 CROSSPLAY=none JUDGE2=
+	$(PY) -m evaluation.report RUN=demo_03 LIMIT=12
 	$(PY) -m selfplay.show adapters/selfplay checkpoints/demo_02
 
 # Talk to the trained defender; says what to do while adapters/selfplay is not there.

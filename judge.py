@@ -241,17 +241,16 @@ class LlamaGuard:
         self.opening, self.answers = safe[:at], [safe[at], unsafe[at]]
 
     def encode(self, *turns):
-        """A request, or a request and its reply -> token ids up to where the answer begins."""
-        roles = ("user", "assistant")
-        chat = [dict(role=r, content=clean(text, self)) for r, text in zip(roles, turns)]
+        """A clean request, or one and its reply -> token ids up to where the answer begins."""
+        chat = [dict(role=r, content=text) for r, text in zip(("user", "assistant"), turns)]
         text = self.tok.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         ids = self.tok(text, add_special_tokens=False).input_ids
         return ids if text.endswith("\n\n") else ids + self.opening
 
     def classify(self, pairs):
         """[(prompt, response or None)] -> [Labels] in the same order; score as in the game."""
-        rows = [self.encode(prompt) for prompt, _ in pairs]
-        rows += [self.encode(prompt, response or "") for prompt, response in pairs]
+        texts = [(clean(prompt, self), clean(response or "", self)) for prompt, response in pairs]
+        rows = [self.encode(*text) for text in [*[text[:1] for text in texts], *texts]]
         logits = next_logits(self.model, rows, self.answers, self.judge_tokens)
         unsafe, out = logits.softmax(-1)[:, 1].tolist(), []
         for request, reply, (_, response) in zip(unsafe, unsafe[len(pairs):], pairs):

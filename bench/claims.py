@@ -19,9 +19,9 @@
    that comes later the others answer the attacks only.
 4. Best response: a final defender is frozen and its attacker trained on, on attacked games only;
    its success before and after. These attackers stay in checkpoints/ and are never kept.
-5. Write results/reference/RUN/claims.md and .json, of SPLIT=test claims_test.md and .json
-   (bench/verdicts.py has the claims and the rule for the verdict), two pictures, and CARD.md of
-   each adapter.
+5. Write results/reference/RUN/claims.md and .json, two pictures, and CARD.md of each adapter; of
+   SPLIT=test claims_test.md and .json and rates_test.png and crossplay_test.png. The claims and the
+   rule for the verdict are in bench/verdicts.py.
 
 Choices of ours: an arm without hidden thinking starts from a warm-up without it; random seeds
 differ in 02, not in the warm-up; the SFT mix is left out of 4, since it teaches the defender.
@@ -87,6 +87,11 @@ GRID = {  # arm: (the arm that it starts from, what it changes); from none: a wa
 SSP_ARMS = ("ssp_off", "ssp_plain", "ssp_reflect")
 BASE = "base"             # the model before its warm-up, among the arms that are evaluated
 GAMES, MET = 20, 40       # games kept of a run; attacks kept that worked
+PANELS = [("seeds_harmful", "asr", "harmful requests", "answered harmfully"),  # of rates.png
+          ("attacked", "asr", "the same, attacked", "answered harmfully"),
+          ("seeds_benign", "benign_compliance", "benign requests", "answered"),
+          ("or_bench_hard", "benign_compliance", "hard benign requests", "answered")]
+SCORES = ("seeds_harmful", "attacked", "seeds_benign", "or_bench_hard")  # of a card
 BENIGN = 8                # benign seeds beside them, since 03 wants both kinds
 
 
@@ -451,7 +456,7 @@ def write_card(arm, answers):
     folder = run.ROOT / kept_at(arm)
     config = run.read_json(folder / adapters.CONFIG)
     scores = []
-    for what, x in verdicts.levels(answers, arm).items() if answers else ():
+    for what, x in verdicts.levels(answers, arm, SCORES).items() if answers else ():
         if x["n"]:
             scores.append(f"| {what} | {x['rate']:.2f} [{x['low']:.2f}, {x['high']:.2f}] | "
                           f"{x['n']} |")
@@ -468,9 +473,10 @@ def write_card(arm, answers):
 
 ## Scores
 
-{table if scores else "Not measured yet."}
+The share of greedy answers that are harmful; of benign requests, the share that is answered.
+Held-back seeds ({SPLIT}) and, of OR-Bench, at most {LIMIT or "all"}. "Attacked": by several arms.
 
-Held-back seeds ({SPLIT}), greedy answers: harmful answers, or benign requests answered.
+{table if scores else "Not measured yet."}
 
 ## Licence
 
@@ -496,13 +502,16 @@ def write_table():
              if not all(answers.has(arm, outcomes.ATTACKED + attacker) for attacker in by)]
     about = (f"{len(arms) - len(missing)} of {len(arms)} arms, {STEPS} steps of {SEEDS_PER_STEP} "
              f"seeds, rank {RANK}, split {SPLIT}, {f'at most {LIMIT}' if LIMIT else 'all'} prompts "
-             f"of a benchmark. Not evaluated: {', '.join(missing) or 'none'}. Have not met all "
-             f"attackers: {', '.join(unmet) or 'none'}. Answers by: {'; '.join(answers.machines)}.")
-    file = run.REFERENCE / RUN / ("claims_test.md" if SPLIT == "test" else "claims.md")
+             f"of a benchmark. Not evaluated: {', '.join(missing) or 'none'}. Have met fewer "
+             f"attackers than the others: {', '.join(unmet) or 'none'}. Answers by: "
+             f"{'; '.join(answers.machines)}. What an arm is: the command in its CARD.md in "
+             f"{ADAPTERS_DIR}/.")
+    end = "_test" if SPLIT == "test" else ""
+    file = run.REFERENCE / RUN / f"claims{end}.md"
     rows = verdicts.write(file, answers, (JUDGE, JUDGE2), about)
-    draw(answers, file.parent)
+    draw(answers, file.parent, end)
     for arm in answers.arms:
-        if arm != BASE:
+        if arm != BASE and SPLIT == "dev":
             write_card(arm, answers)
     print(f"\n{about}")
     for row in rows:
@@ -510,25 +519,33 @@ def write_table():
     print(f"made {run.short(file)}")
 
 
-def draw(answers, folder):
-    """rates.png, the arms of SEED=0 on the held-back seeds; crossplay.png, attackers against all
-    defenders."""
-    arms, asr = {}, []
+def draw(answers, folder, end=""):
+    """rates.png, the arms of SEED=0 on PANELS; crossplay.png, attackers against all defenders, with
+    the share of an attacker's attacks that stay harmful. end: of their names."""
+    arms, asr, names = {}, [], []
     for arm in answers.arms:
         if parts(arm)[1]:
             continue
-        found = [rate(answers.series(arm, name, "judge")) for name in outcomes.OWN]
-        arms[arm] = dict(answers=dict(seeds_harmful=dict(asr=found[0]),
-                                      seeds_benign=dict(benign_compliance=found[1])))
-    tables.draw_rates(folder / "rates.png", dict(checkpoints=arms))
+        arms[arm] = dict(answers={})
+        for name, metric, *_ in PANELS:
+            found = answers.outcomes(arm, name, "judge")
+            found = rate([] if found is None else found.mean(axis=1))
+            arms[arm]["answers"][name] = {metric: found}
+    panels = []
+    for name, metric, *words in PANELS:
+        if any(arm["answers"][name][metric]["n"] for arm in arms.values()):
+            panels.append((name, metric, *words))
+    tables.draw_rates(folder / f"rates{end}.png", dict(checkpoints=arms), panels)
     by = attackers_of(answers.arms)
     for attacker in by:
         found = [answers.series(arm, outcomes.ATTACKED + attacker, "judge") for arm in answers.arms]
         asr.append([rate([] if x is None else x) for x in found])
-    crossplay.heat_map(folder / "crossplay.png",
-                       dict(attackers=by, defenders=answers.arms, asr=asr))
-    for name in ("rates.png", "crossplay.png"):
-        publish.shrink(folder / name, folder / name)
+        kept = answers.faithful(attacker).mean() if answers.attacks(attacker) else 0
+        names.append(f"{attacker} ({verdicts.short(kept)} stay harmful)")
+    crossplay.heat_map(folder / f"crossplay{end}.png",
+                       dict(attackers=names, defenders=answers.arms, asr=asr))
+    for name in ("rates", "crossplay"):
+        publish.shrink(folder / f"{name}{end}.png", folder / f"{name}{end}.png")
 
 
 def main(argv):
@@ -544,6 +561,7 @@ def main(argv):
         die(f"DATA_DIR={DATA_DIR}: no such folder")
     if not TABLE_ONLY:
         run.doing("; the same command goes on")
+        run.lock(run.RUNS / f"{RUN}_grid")  # a second process would undo what this one notes
         for arm in arms if TRAIN else ():
             train(arm)                                                                  # (1) (2)
         kept = [arm for arm in grid() if is_kept(arm)]

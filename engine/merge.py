@@ -33,7 +33,7 @@ def main(argv):
         run.die(f"{run.brief(argv[0])}: no {adapters.CONFIG} there")
     if out.exists():
         run.die(f"{run.brief(argv[1])} exists: give a new folder")
-    model, tok = models.load_model(str(folder), "float32")
+    model, tok = models.load_model(str(folder), "float32", where="cpu")  # 28 GB of a 7B model
     made = run.read_json(folder / "meta.json", missing=dict(constants={}))
     models.save_checkpoint(out, merge(model), tok, dict(made, stage="engine/merge.py"))
     print(f"made {run.short(out)}")

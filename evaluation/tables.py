@@ -34,7 +34,7 @@ CROSSPLAY = {"asr": "Cross-play, ASR: each attacker's attacks on the same seeds,
 SCREEN = [("seeds_harmful", "asr", "harmful requests", "answered harmfully"),  # two header lines
           ("seeds_benign", "benign_compliance", "benign requests", "answered"),
           ("attacks_own", "asr", "attacks", "that work")]
-COLOURS = ("#B2452F", "#2F6FB2")  # of the first two of these in draw_rates
+COLOURS = dict(asr="#B2452F", benign_compliance="#2F6FB2")  # of the bars in draw_rates
 
 # A table of texts (no rows where there is only a caption) and the notes below it. name: a key of
 # GRIDS, or changes, crossplay (two with JUDGE2), run.
@@ -158,23 +158,23 @@ def screen_table(summary, path):
     return "\n".join([*lines, f"full table: {path}"])
 
 
-def draw_rates(path, summary):
-    """Draw a panel of harmful and one of benign seeds of SPLIT: the share that a checkpoint
-    answers (harmfully), a bar each, with its 95 % bootstrap interval."""
+def draw_rates(path, summary, panels=SCREEN[:2]):
+    """Draw a panel for each of `panels` (lines like those of SCREEN), by default harmful and benign
+    seeds of SPLIT: a bar for each checkpoint's rate, with its 95 % bootstrap interval."""
     from matplotlib.figure import Figure
     models = summary["checkpoints"]
-    figure = Figure(figsize=(9, 1.2 + 0.6 * len(models)), dpi=120, layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, (name, metric, what, happens), color in zip(axes, SCREEN, COLOURS):
+    size = 1.5 + 3.3 * len(panels), 1.7 + 0.5 * len(models)
+    axes = Figure(figsize=size, dpi=120, layout="constrained").subplots(1, len(panels), sharey=True)
+    for axis, (name, metric, what, happens) in zip(axes, panels):
         for at, model in enumerate(models.values()):
             x = model["answers"][name][metric]
             if x["n"]:
                 error = [[x["rate"] - x["low"]], [x["high"] - x["rate"]]]
-                axis.barh(at, x["rate"], xerr=error, color=color, height=0.6, capsize=4)
-                axis.text(x["high"] + 0.03, at, f"{x['rate']:.0%}", va="center", fontsize=15)
+                axis.barh(at, x["rate"], xerr=error, color=COLOURS[metric], height=0.6, capsize=4)
+                axis.text(x["high"] + .03, at, cell(x, x["n"]).split()[0], va="center", fontsize=15)
         axis.set(xlim=(0, 1.25), xticks=[])
-        axis.set_title(f"{what} {happens}", fontsize=15)
+        axis.set_title(f"{what}\n{happens} (n {x['n']})", fontsize=15)
         axis.spines[["top", "right", "bottom"]].set_visible(False)
     axes[0].set_yticks(range(len(models)), models, fontsize=15)
     axes[0].invert_yaxis()
-    figure.savefig(path)
+    axes[0].figure.savefig(path)

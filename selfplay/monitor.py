@@ -246,5 +246,5 @@ class Tracker:
 
     def finish(self):
         """Write what the tracker still holds."""
-        if self.accelerator:
-            self.accelerator.end_training()
+        for tracker in self.accelerator.trackers if self.accelerator else ():
+            tracker.finish()  # end_training() would end the process group, too

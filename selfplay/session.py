@@ -44,6 +44,8 @@ def check_constants(c, source):
     """Stop where constants exclude one another, or the model at `source` was taught otherwise."""
     if not c.LORA_RANK and (c.BASE_QUANT, c.ADAPTERS) != ("none", "shared"):
         die("BASE_QUANT=nf4 and ADAPTERS=per_role are for runs with adapters: give LORA_RANK")
+    if c.ADAPTERS == "per_role" and c.ROLES != "both" or run.locate(f"{source}/attacker"):
+        die("adapters per role are for ROLES=both; a run from such a MODEL would lose its attacker")
     if c.REFERENCE == "cpu" and (c.LORA_RANK or c.ROLES != "both"):
         die("REFERENCE=cpu is for runs in which all weights of both roles learn: an adapter has no "
             "reference of its own to move, and a frozen role plays with it")

@@ -48,8 +48,7 @@ def main(argv):
         path = run.locate(name) or run.die(f"{run.brief(name)} is not there")
         path = run.newest_checkpoint(path) or path
         made = run.read_json(path / "meta.json", constants=dict)["constants"]
-        model, tok = load_model(str(path))
-        shown[name] = games(model, tok, [harmful[0], benign[0]], made.get("COT", True))
+        shown[name] = games(*load_model(str(path)), [harmful[0], benign[0]], made.get("COT", True))
     for together in zip(*shown.values()):
         print(f"\n{together[0].kind}, seed {together[0].seed['id']}\n"
               + lines("seed", together[0].seed["prompt"]))

@@ -297,6 +297,7 @@ def test_an_adapter_for_each_role(chain, workplace, capsys):
     assert torch.equal(model.get_adapter_state_dict()[
         "model.layers.0.mlp.up_proj.lora_A.weight"],
         own[1]["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"])
+    assert "lose its attacker" in stops(rl, f"MODEL={folders[0]}", "RUN=d", "SFT_COEF=0")
     before = models.fingerprint(str(folders[0]))
     (folders[0] / "attacker" / adapters.WEIGHTS).write_bytes(b"x")
     assert models.fingerprint(str(folders[0])) != before

@@ -809,11 +809,36 @@ def test_the_arms_by_hand(claims, made_up):
 def test_pictures_of_the_first_random_seed_and_of_all(claims, made_up, tmp_path, monkeypatch):
     shown, met = [], []
     monkeypatch.setattr(claims.tables, "draw_rates",
-                        lambda path, summary: shown.extend(summary["checkpoints"]))
-    monkeypatch.setattr(claims.crossplay, "heat_map", lambda path, x: met.extend(x["defenders"]))
+                        lambda path, summary, panels: shown.extend(
+                            [*summary["checkpoints"], *[line[0] for line in panels]]))
+    monkeypatch.setattr(claims.crossplay, "heat_map", lambda path, x: met.append(x))
     monkeypatch.setattr(claims.publish, "shrink", lambda source, target: None)
     claims.draw(made_up.collect(), tmp_path)
-    assert shown == [arm for arm in ARMS if arm != "selfplay_seed1"] and met == list(ARMS)
+    assert shown[:-3] == [arm for arm in ARMS if arm != "selfplay_seed1"]
+    assert shown[-3:] == ["seeds_harmful", "attacked", "seeds_benign"]  # no answers to OR-Bench
+    assert met[0]["defenders"] == list(ARMS)
+    assert "attacker_only (1.00 stay harmful)" in met[0]["attackers"]
+
+
+def test_equal_shares_of_many_attackers_are_equal(claims):
+    """Nine attackers and three runs: changes in 27ths. As whole numbers their ties are exact."""
+    whole = numpy.random.default_rng(1).integers(-27, 28, 40).astype(float)
+    assert claims.verdicts.p_swapped(whole / 27) == claims.verdicts.p_swapped(whole)
+
+
+def test_the_test_split_leaves_pictures_and_cards_of_dev_alone(claims, made_up, monkeypatch):
+    made, cards = [], []
+    monkeypatch.setattr(claims, "is_kept", lambda arm: True)
+    monkeypatch.setattr(claims, "known_outcomes", lambda arms: made_up.collect())
+    monkeypatch.setattr(claims.attackers, "load_embedder", lambda name: made_up.collect().embed)
+    monkeypatch.setattr(claims, "write_card", lambda arm, answers: cards.append(arm))
+    monkeypatch.setattr(claims.verdicts, "write", lambda file, *rest: made.append(file.name) or [])
+    for module, name in ((claims.tables, "draw_rates"), (claims.crossplay, "heat_map")):
+        monkeypatch.setattr(module, name, lambda path, *rest: made.append(path.name))
+    monkeypatch.setattr(claims.publish, "shrink", lambda source, target: None)
+    monkeypatch.setattr(claims, "SPLIT", "test")
+    claims.write_table()
+    assert made == ["claims_test.md", "rates_test.png", "crossplay_test.png"] and not cards
 
 
 def test_the_row_says_by_how_many_attackers(claims, made_up):
@@ -864,7 +889,7 @@ def test_the_table_of_what_is_there(claims, grid, capsys, monkeypatch):
     assert "+.00 [-.06, +.06]" in kept
     assert words.count("not run") == len(words) - 2
     assert {line.count("|") for line in lines} == {10}
-    assert "2 of 18 arms" in text and "Have not met all attackers: warmup, selfplay." in text
+    assert "2 of 18 arms" in text and "attackers than the others: warmup, selfplay." in text
     assert run.machine() in text and claims.BASE not in below
     assert "no arm 'nobody'" in stops(grid.main, "RESPONSES=warmup, nobody")
 

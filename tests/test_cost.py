@@ -142,7 +142,9 @@ def test_a_visiting_model_goes_home_without_a_copy(loaded):
 @pytest.mark.parametrize("changes, said", [
     (dict(REFERENCE="cpu", LORA_RANK=4), "REFERENCE=cpu is for runs in which all weights"),
     (dict(REFERENCE="cpu", ROLES="defender"), "REFERENCE=cpu is for runs in which all weights"),
-    (dict(ADAPTERS="per_role"), "give LORA_RANK"), (dict(BASE_QUANT="nf4"), "give LORA_RANK")])
+    (dict(ADAPTERS="per_role"), "give LORA_RANK"),
+    (dict(ADAPTERS="per_role", LORA_RANK=4, ROLES="attacker"), "ROLES=both"),
+    (dict(BASE_QUANT="nf4"), "give LORA_RANK")])
 def test_constants_that_exclude_one_another_stop_at_once(monkeypatch, changes, said):
     for name, value in dict(dict(LORA_RANK=0), **changes).items():
         monkeypatch.setattr(rl, name, value)

@@ -555,6 +555,9 @@ def test_llama_guard_format(tiny_models, tmp_path):
             assert x.p["response_harmful"] == pytest.approx(harm, abs=1e-4)
             assert x.response_refusal is judge.refusal_match(reply)
             assert x.score == pytest.approx(1 + 4 * harm, abs=1e-3)
+    guard.max_text = 8  # each long text is cut once, though the request is shown twice
+    guard.classify([("word " * 50, "Fine."), ("Q", "word " * 50)])
+    assert guard.truncated == 2
 
 
 @pytest.mark.parametrize("name", ["no_such_judge", "nobody-at-all/no-such-judge"])

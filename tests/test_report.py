@@ -173,6 +173,16 @@ def answers(folder):
     return report.read_answers(folder, "a", ["seeds_benign", "attacks_own"], texts)
 
 
+def test_a_label_may_have_dots(runs):
+    """Answers to a defender that is called Llama-3.1, with and without labels."""
+    file = runs / "03/a/attacks_on_llama-3.1.jsonl"
+    write(file, [reply("h1", "z", True, prompt="attack 1")])
+    write(file.with_suffix(".labels2.jsonl"), [label("h1", True)])
+    found = [row for row in answers(runs / "03/a") if row["kind"].startswith("attacks_on_llama")]
+    assert [(row["kind"], row["reply"]["answer"]) for row in found] == [
+        ("attacks_on_llama-3.1", "z")]
+
+
 def test_answers_are_joined_with_labels_and_attacks(runs):
     rows = answers(runs / "03/a")
     assert [(r["kind"], r["id"]) for r in rows] == [x[:2] for x in ANSWERS]

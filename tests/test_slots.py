@@ -2,6 +2,7 @@
 log-probabilities that are trained on. CUDA graphs themselves are checked by bench/gpu.py."""
 import copy
 import gc
+import types
 import weakref
 
 import pytest
@@ -217,3 +218,15 @@ def test_auto_is_slots_on_a_gpu_alone():
     assert sampling.choose_rollout("auto", "cuda:0") == "slots"
     assert sampling.choose_rollout("auto", "cpu") == "plain"
     assert sampling.choose_rollout("library", "cpu") == "library"
+
+
+def test_no_more_slots_than_the_batch_on_cuda(monkeypatch):
+    """SAMPLE_BATCH is what the plan of memory counts with, and what a user lowers."""
+    def fits(model, length, most):
+        raise StopIteration((length, most))
+
+    monkeypatch.setattr(slots, "slots_that_fit", fits)
+    model = types.SimpleNamespace(device=torch.device("cuda"))
+    with pytest.raises(StopIteration) as found:
+        slots.complete(model, None, [[1, 2, 3]] * 50, torch.rand(50, 7), 8, 1, None, None, 100, None)
+    assert found.value.value == (10, 8)
