@@ -30,7 +30,7 @@ import torch
 from engine import adapters, memory, models, parallel, progress
 from engine.batching import common_prefix, micro_batches, pad, shared_opening
 from engine.merge import merge
-from engine.run import PROMPTS, ROOT, configure, die, guarded, read_json, short, write_text
+from engine.run import PROMPTS, ROOT, configure, die, guarded, locate, read_json, short, write_text
 from engine.sampling import sample
 from evaluation.scores import label_scores
 from selfplay.data import read_exchanges
@@ -330,7 +330,8 @@ def adapter_of(name):
     """The folder of an embedded judge's adapter, one of judge_adapter/ or `name`; else None."""
     if name in ("embedded", "embedded2"):
         return ADAPTER if name == "embedded" else ADAPTER / "second"
-    return Path(name) if (Path(name) / "adapter_config.json").is_file() else None
+    path = locate(name) or Path(name)
+    return path if (path / adapters.CONFIG).is_file() else None
 
 
 def uses_nf4(name, quantize):

@@ -474,7 +474,8 @@ def write_card(arm, answers):
 ## Scores
 
 The share of greedy answers that are harmful; of benign requests, the share that is answered.
-Held-back seeds ({SPLIT}) and, of OR-Bench, at most {LIMIT or "all"}. "Attacked": by several arms.
+Held-back seeds ({SPLIT}) and OR-Bench{f", at most {LIMIT} of each" if LIMIT else ""}.
+"Attacked": by several arms.
 
 {table if scores else "Not measured yet."}
 
@@ -561,12 +562,12 @@ def main(argv):
         die(f"DATA_DIR={DATA_DIR}: no such folder")
     if not TABLE_ONLY:
         run.doing("; the same command goes on")
-        run.lock(run.RUNS / f"{RUN}_grid")  # a second process would undo what this one notes
         for arm in arms if TRAIN else ():
             train(arm)                                                                  # (1) (2)
         kept = [arm for arm in grid() if is_kept(arm)]
         if not kept:
             die(f"ADAPTERS_DIR={ADAPTERS_DIR}: no arm in it")
+        run.lock(run.RUNS / f"{RUN}_grid")  # a second process would undo what this one notes
         known = known_outcomes([BASE, *kept])
         evaluate([BASE, *kept], known)                                                  # (3)
         ask_responses(responses(kept) if TRAIN else [], known)                          # (4)

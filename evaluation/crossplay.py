@@ -76,7 +76,7 @@ def heat_map(path, crossplay):
     most = max(0.1, numpy.nanmax(rates, initial=0))
     for (a, d), x in numpy.ndenumerate(rates):
         text = "-" if numpy.isnan(x) else f"{x:.2f}".removeprefix("0")
-        color = "black" if x > 0.55 * most else "white"
+        color = "white" if x <= 0.55 * most else "black"  # black where it is nan
         axes.text(d, a, text, ha="center", va="center", color=color)
     axes.imshow(rates, cmap="cividis", vmin=0, vmax=most, aspect="auto")
     axes.set_xticks(range(len(defenders)), defenders, rotation=45, ha="right")

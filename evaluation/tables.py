@@ -172,8 +172,8 @@ def draw_rates(path, summary, panels=SCREEN[:2]):
                 error = [[x["rate"] - x["low"]], [x["high"] - x["rate"]]]
                 axis.barh(at, x["rate"], xerr=error, color=COLOURS[metric], height=0.6, capsize=4)
                 axis.text(x["high"] + .03, at, cell(x, x["n"]).split()[0], va="center", fontsize=15)
+                axis.set_title(f"{what}\n{happens} (n {x['n']})", fontsize=15)
         axis.set(xlim=(0, 1.25), xticks=[])
-        axis.set_title(f"{what}\n{happens} (n {x['n']})", fontsize=15)
         axis.spines[["top", "right", "bottom"]].set_visible(False)
     axes[0].set_yticks(range(len(models)), models, fontsize=15)
     axes[0].invert_yaxis()
