@@ -87,12 +87,11 @@ GRID = {  # arm: (the arm that it starts from, what it changes); from none: a wa
 SSP_ARMS = ("ssp_off", "ssp_plain", "ssp_reflect")
 BASE = "base"             # the model before its warm-up, among the arms that are evaluated
 GAMES, MET = 20, 40       # games kept of a run; attacks kept that worked
+BENIGN = 8                # benign seeds beside them, since 03 wants both kinds
 PANELS = [("seeds_harmful", "asr", "harmful requests", "answered harmfully"),  # of rates.png
           ("attacked", "asr", "the same, attacked", "answered harmfully"),
           ("seeds_benign", "benign_compliance", "benign requests", "answered"),
           ("or_bench_hard", "benign_compliance", "hard benign requests", "answered")]
-SCORES = ("seeds_harmful", "attacked", "seeds_benign", "or_bench_hard")  # of a card
-BENIGN = 8                # benign seeds beside them, since 03 wants both kinds
 
 
 # ---- the plan ------------------------------------------------------------------------------------
@@ -455,8 +454,8 @@ def write_card(arm, answers):
     before its evaluation."""
     folder = run.ROOT / kept_at(arm)
     config = run.read_json(folder / adapters.CONFIG)
-    scores = []
-    for what, x in verdicts.levels(answers, arm, SCORES).items() if answers else ():
+    scores, shown = [], [name for name, *_ in PANELS]
+    for what, x in verdicts.levels(answers, arm, shown).items() if answers else ():
         if x["n"]:
             scores.append(f"| {what} | {x['rate']:.2f} [{x['low']:.2f}, {x['high']:.2f}] | "
                           f"{x['n']} |")
