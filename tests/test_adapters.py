@@ -6,7 +6,7 @@ import shutil
 import pandas
 import pytest
 import torch
-from helpers import KINDS, SMALL, import_stage, keep_constants, stops
+from helpers import KINDS, ROOT, SMALL, import_stage, keep_constants, stops
 from safetensors.torch import load_file
 
 from engine import adapters, merge, models
@@ -210,6 +210,38 @@ def test_merge_makes_an_ordinary_model(loaded, tiny_models, tmp_path):
     assert "exists" in stops(merge.main, [str(tmp_path / "a"), str(tmp_path / "out")])
     assert "adapter_config.json" in stops(merge.main, [tiny_models["qwen2"], str(tmp_path / "x")])
     assert "usage" in stops(merge.main, ["x"])
+
+
+def test_interpolate_lies_between_two_adapters(workplace, tiny_models, monkeypatch):
+    """Against the weighted sum of both models' merged weights in float64; ranks and scales may
+    differ. Shares 0 and 1 give the two ends; another base, or a word for a share, stops."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import interpolate
+    base, tok = models.load_model(tiny_models["qwen2"], "float32")
+    ends, weights = [], []
+    for name, rank, noise in (("a", 2, 0.1), ("b", 3, -0.2)):
+        model = with_lora(base, rank, noise)
+        ends.append(str(workplace / name))
+        models.save_checkpoint(workplace / name, model, tok, dict(stage="02", constants=dict(COT=True)))
+        weights.append({n: w.double() for n, w in merge.merge(model).state_dict().items()})
+    changed = [n for n in weights[0] if not torch.equal(weights[0][n], weights[1][n])]
+    assert len(changed) > 6
+    words = [f"START={ends[0]}", f"END={ends[1]}"]
+    keep_constants(monkeypatch, interpolate)
+    interpolate.main([*words, "SHARES=0,0.3,1"])
+    for share in (0.0, 0.3, 1.0):
+        folder = workplace / "checkpoints" / f"interpolated_{round(100 * share):03d}"
+        between = merge.merge(models.load_model(str(folder), "float32")[0]).state_dict()
+        for n in changed:
+            want = (1 - share) * weights[0][n] + share * weights[1][n]
+            torch.testing.assert_close(between[n].double(), want, atol=1e-6, rtol=1e-5)
+        made = json.loads((folder / "meta.json").read_text())
+        assert made["interpolated"]["share"] == share and made["constants"]["COT"] is True
+    for word in ("1.5", "half", "nan"):
+        assert "SHARES" in stops(interpolate.main, [*words, f"SHARES={word}"])
+    other, tok = models.load_model(tiny_models["llama"], "float32")
+    models.save_checkpoint(workplace / "c", with_lora(other), tok, dict(constants={}))
+    assert "different models" in stops(interpolate.main, [words[0], f"END={workplace / 'c'}"])
 
 
 # ---- less memory ---------------------------------------------------------------------------------
