@@ -334,9 +334,9 @@ def adapter_of(name):
     return path if (path / adapters.CONFIG).is_file() else None
 
 
-def uses_nf4(name, quantize):
-    """Is a judge loaded in NF4? "auto": on CUDA; an embedded judge never is."""
-    on_cuda = quantize == "auto" and torch.cuda.is_available()
+def uses_nf4(name, quantize, cuda=False):
+    """Is a judge loaded in NF4? "auto": on CUDA (cuda: as if here); an embedded judge never is."""
+    on_cuda = quantize == "auto" and (cuda or torch.cuda.is_available())
     return (quantize == "nf4" or on_cuda) and not adapter_of(name)
 
 
@@ -355,12 +355,12 @@ def fingerprint(name):
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def footprint(name, quantize):
+def footprint(name, quantize, cuda=False):
     """What engine/memory.py has to know of a judge: (Shape, bytes of a number, in NF4?); None
-    where its config is not at hand."""
+    where its config is not at hand. cuda: as on a GPU."""
     known = models.peek(models.EMBEDDED if adapter_of(name) else name)
-    size = models.pick_dtype("auto", frozen=True).itemsize
-    return known and (memory.shape(known[0]), size, uses_nf4(name, quantize))
+    size = 2 if cuda else models.pick_dtype("auto", frozen=True).itemsize
+    return known and (memory.shape(known[0]), size, uses_nf4(name, quantize, cuda))
 
 
 def load_judge(name, quantize="auto", scoring="constrained", judge_tokens=JUDGE_TOKENS, rubric="",

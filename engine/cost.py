@@ -5,10 +5,11 @@ A pass over n tokens takes 2 operations a weight and token, backwards 4 (2 where
 learns, since its base needs no gradient), once more 2 under gradient checkpointing. Attention's own
 operations, a tenth at these lengths, are left out. A token step of the rollouts reads all weights
 once, and the keys and values of its rows."""
+import re
 from collections import namedtuple
 
 from engine.memory import GB, kv_bytes, weight_bytes
-from engine.optim import BYTES
+from engine.optim import BYTES, SAVED
 
 # Vendors' data sheets: memory in GB, bandwidth in TB/s, rate in dense bfloat16 TFLOP/s
 Card = namedtuple("Card", "memory bandwidth rate")
@@ -25,8 +26,10 @@ JUDGE_PROMPT = 250     # tokens of the judge's instructions around an exchange
 
 
 def find_card(name):
-    """The card of CARDS with the longest name in a device's name -> (its name, Card) or None."""
-    best = max((known for known in CARDS if known in name), key=len, default=None)
+    """The card of CARDS with the longest name in a device's name, e.g. A10 in "A10G", but not in
+    "A1000" -> (its name, Card) or None."""
+    found = [known for known in CARDS if re.search(rf"(?<!\w){known}(?!\d)", name)]
+    best = max(found, key=len, default=None)
     return best and (best, CARDS[best])
 
 
@@ -62,7 +65,7 @@ def disk_bytes(model, size, optimizer, steps, save_every, rank=0, adapters=1):
     newest and of the one that is being written. adapters: how many learn."""
     learning = adapters * rank * model.ports or model.weights
     kept = -(-steps // save_every)
-    return kept * learning * size + 2 * learning * BYTES[optimizer, size]
+    return kept * learning * size + 2 * learning * SAVED[optimizer, size]
 
 
 def describe(name, card, phases, steps, disk):

@@ -42,8 +42,8 @@ def pick_dtype(name, frozen=False):
 
 def load_model(name, dtype="auto", quantize=False, frozen=False, where=None):
     """Load `name` (see the top of this file) -> (model in eval mode, tokenizer). where: its device,
-    None: device(). dtype, frozen: as in pick_dtype(). quantize: NF4 by bitsandbytes, for frozen
-    models; it computes in what "auto" is for them on CUDA, in bfloat16 on a CPU. The tokenizer gets
+    None: device(). dtype, frozen: as in pick_dtype(). quantize: NF4 by bitsandbytes for the weights
+    (an adapter may learn); it computes in what "auto" is on CUDA, bfloat16 on a CPU. The tokenizer gets
     two attributes: `turn_end`, the id that ends an assistant turn (eos where there is no chat
     template), and `stop_ids`, all that end generation. What cannot be loaded stops."""
     import transformers
@@ -61,11 +61,11 @@ def load_model(name, dtype="auto", quantize=False, frozen=False, where=None):
         model, tok = load_model(base_of(path), dtype, quantize, frozen, where)
         adapters.attach(model, Path(path), read_tensors)
         return model, tok
-    extra = dict(dtype=pick_dtype(dtype, frozen or quantize), use_safetensors=True,
+    extra = dict(dtype=pick_dtype(dtype, frozen), use_safetensors=True,
                  attn_implementation="sdpa" if torch.cuda.is_available() else attention.folded())
     if quantize:
         hint_nf4()
-        compute = pick_dtype("auto" if torch.cuda.is_available() else "bfloat16", frozen=True)
+        compute = pick_dtype("auto" if torch.cuda.is_available() else "bfloat16", frozen)
         extra["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
         extra["device_map"] = {"": device()}

@@ -24,6 +24,8 @@ from engine.run import die
 
 BYTES = {  # of a parameter: (optimizer, bytes of a weight) -> what it keeps between updates
     ("master", 2): 4 + 4 + 8, ("master", 4): 4 + 4 + 8, ("kahan", 2): 2 + 4, ("kahan", 4): 8}
+SAVED = {  # the same -> what tensors() has: no sum of gradients; with "kahan" the weight itself
+    ("master", 2): 4 + 8, ("master", 4): 4 + 8, ("kahan", 2): 2 + 2 + 4, ("kahan", 4): 4 + 8}
 
 
 class _Resumable:
@@ -45,7 +47,7 @@ class _Resumable:
 
     def tensors(self):
         """All state as {name: tensor}, for safetensors; no moments before the first step. Of a
-        sharded model all processes put it together, so all must call this."""
+        sharded model all processes put it together, so all must call this; the first gets it."""
         out = {}
         for name, x in self.kept.items():
             out[name] = shards.full(x, self.params[int(name.split(".")[1])])

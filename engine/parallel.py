@@ -6,6 +6,7 @@ all know all of it. Gradients are summed before the optimizer's step, so the wei
 Nothing is wrapped: DDP arms no reducer where a model's parts are called directly, as here. Process
 groups, gathering and sums are accelerate's. In one process all of this does nothing."""
 import contextlib
+import datetime
 import os
 import sys
 import time
@@ -21,7 +22,9 @@ def begin():
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and _state is None:
         import torch
         from accelerate import PartialState
-        _state = PartialState(cpu=not torch.cuda.is_available())
+        # the others wait while the first one writes a checkpoint of all weights to a slow disk
+        patience = datetime.timedelta(hours=2)
+        _state = PartialState(cpu=not torch.cuda.is_available(), timeout=patience)
         if not is_first():
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 

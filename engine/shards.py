@@ -81,12 +81,14 @@ def local(x):
 
 
 def full(share, parameter):
-    """A share of what belongs to a parameter, its optimizer's state -> all of it."""
+    """A share of what belongs to a parameter, its optimizer's state -> all of it, on the CPU of the
+    first process. The others get what has no memory: a card cannot hold the whole state."""
     if not hasattr(parameter, "to_local"):
         return share
     from torch.distributed.tensor import DTensor
-    return DTensor.from_local(share, parameter.device_mesh, parameter.placements,
-                              shape=parameter.shape, stride=parameter.stride()).full_tensor()
+    every = DTensor.from_local(share, parameter.device_mesh, parameter.placements,
+                               shape=parameter.shape, stride=parameter.stride()).full_tensor()
+    return every.to("cpu" if parallel.is_first() else "meta")
 
 
 def part_of(whole_tensor, parameter):

@@ -30,14 +30,17 @@ def plan_memory(scope, source, seeds):
     attacked = sum(kind.startswith("generated") for kind, _ in c.draw_seeds(seeds, 0))
     if not attacked and not c.published_ablation("defender"):
         die(f"ATTACKED={c.ATTACKED} leaves the attacker no seed: give more, or ROLES=defender")
-    policy, judges = models.peek(source), [c.judge.footprint(c.JUDGE, c.QUANTIZE)]
+    policy, names = models.peek(source), [c.JUDGE]
     if c.METHOD == "ssp" and c.RUBRIC_JUDGE:
-        judges.append(c.judge.footprint(c.RUBRIC_JUDGE, c.QUANTIZE))
+        names.append(c.RUBRIC_JUDGE)
+    cuda = bool(c.PLAN_ONLY and c.CARD)  # a plan for a card, which may be in another machine
+    judges = [c.judge.footprint(name, c.QUANTIZE, cuda) for name in names]
     if not policy or None in judges:
         print(f"memory: not planned, the config of {c.MODEL} or of the judge is not at hand")
         return c.CHECKPOINTING == "on"
     return plan.plan_run(run.constants(scope), *policy, judges, c.judge.JUDGE_TOKENS,
-                         models.pick_dtype(c.DTYPE).itemsize, seeds, attacked)
+                         2 if cuda and c.DTYPE == "auto" else models.pick_dtype(c.DTYPE).itemsize,
+                         seeds, attacked)
 
 
 def check_constants(c, source):

@@ -51,9 +51,9 @@ def test_rows_that_wait_cost_as_many_steps_as_their_tokens():
 
 def test_disk_by_hand():
     """Three checkpoints of bfloat16 weights, the optimizer's state twice while one is written."""
-    assert cost.disk_bytes(MODEL, 2, "master", 50, 20) == 3 * 2e6 + 2 * 16e6
+    assert cost.disk_bytes(MODEL, 2, "master", 50, 20) == 3 * 2e6 + 2 * 12e6
     assert cost.disk_bytes(MODEL, 2, "kahan", 40, 20, rank=4, adapters=2) == (
-        2 * 2 * 8000 + 2 * 6 * 8000)
+        2 * 2 * 8000 + 2 * 8 * 8000)
 
 
 def test_cards_by_their_device_names():
@@ -62,7 +62,8 @@ def test_cards_by_their_device_names():
              "NVIDIA A10G": "A10", "NVIDIA RTX 6000 Ada Generation": "RTX 6000 Ada"}
     for name, want in names.items():
         assert cost.find_card(name) == (want, cost.CARDS[want])
-    assert cost.find_card("the CPU") is None
+    for name in ("the CPU", "NVIDIA RTX A1000 Laptop GPU", "NVIDIA L40", "NVIDIA GH200 480GB"):
+        assert cost.find_card(name) is None
 
 
 @pytest.fixture
@@ -84,6 +85,24 @@ def test_a_plan_for_a_card_elsewhere(here, monkeypatch, capsys):
     monkeypatch.setattr(rl, "CARD", "")
     session.plan_memory(vars(rl), here, SEEDS)
     assert "time: " not in capsys.readouterr().out
+
+
+def test_a_plan_for_a_card_elsewhere_does_not_depend_on_this_machine(here, monkeypatch):
+    """On a card weights are in bfloat16 and a judge is in NF4, whatever the CPU here is fast at."""
+    seen = []
+    monkeypatch.setattr(session.plan, "plan_run", lambda *a: seen.append(a[3:6:2]))
+    monkeypatch.setattr(rl, "DTYPE", "auto")
+    monkeypatch.setattr(rl, "METHOD", "ssp")
+    monkeypatch.setattr(rl, "RUBRIC_JUDGE", here)
+    for here_is in (torch.float32, torch.bfloat16):
+        for card in ("RTX 3090", ""):
+            monkeypatch.setattr(session.models, "pick_dtype", lambda *a, **k: here_is)
+            monkeypatch.setattr(rl, "CARD", card)
+            session.plan_memory(vars(rl), here, SEEDS)
+    for judges, size in seen[::2]:
+        assert size == 2 and [judge[1:] for judge in judges] == [(2, True), (2, True)]
+    for (judges, size), want in zip(seen[1::2], (4, 2)):
+        assert size == want and [judge[1:] for judge in judges] == [(want, False)] * 2
 
 
 def test_slots_are_as_many_as_fit(here, monkeypatch, capsys):

@@ -83,7 +83,8 @@ def fake_cuda(monkeypatch, ampere):
     ("cpu", torch.bfloat16, None), ("ampere", torch.bfloat16, torch.bfloat16),
     ("older", torch.float16, torch.float32)])
 def test_what_a_frozen_model_computes_in(tiny_models, monkeypatch, device, want, training):
-    """NF4's compute type, and the weights of what else is frozen; that of a policy beside it."""
+    """NF4's compute type, and the weights of what else is frozen; those of a policy beside them: what
+    learns, an adapter over NF4 too, never computes in float16, where small gradients vanish."""
     pytest.importorskip("bitsandbytes")
     handed = []
 
@@ -94,12 +95,15 @@ def test_what_a_frozen_model_computes_in(tiny_models, monkeypatch, device, want,
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", stop)
     if device != "cpu":
         fake_cuda(monkeypatch, device == "ampere")
-    for how in (dict(quantize=True), dict(frozen=True), {}):
-        stops(models.load_model, tiny_models["llama"], **how)
-    quantized, frozen, policy = handed
-    assert quantized["quantization_config"].bnb_4bit_compute_dtype is want
+    for frozen in (True, False):
+        for quantize in (True, False):
+            stops(models.load_model, tiny_models["llama"], quantize=quantize, frozen=frozen)
+    nf4_judge, judge, nf4_policy, policy = handed
+    assert nf4_judge["quantization_config"].bnb_4bit_compute_dtype is want
     if device != "cpu":
-        assert quantized["dtype"] is frozen["dtype"] is want and policy["dtype"] is training
+        assert nf4_judge["dtype"] is judge["dtype"] is want
+        assert nf4_policy["dtype"] is policy["dtype"] is training
+        assert nf4_policy["quantization_config"].bnb_4bit_compute_dtype is training
 
 
 # ---- without the weights -------------------------------------------------------------------------

@@ -320,6 +320,8 @@ def test_bytes_a_parameter(kind, dtype):
     want = SAID[kind][size == 4]
     assert sum(storages.values()) / layer.weight.numel() == want
     assert optim.BYTES[kind, size] + 2 * size == want  # what memory.py counts with
+    saved = sum(x.untyped_storage().nbytes() for x in optimizer.tensors().values() if x.numel() > 1)
+    assert saved / layer.weight.numel() == optim.SAVED[kind, size]  # cost.disk_bytes
 
 
 def test_the_bytes_that_are_written_down():
