@@ -3,8 +3,8 @@
     python 01_sft_warmup.py                  7 min, 6 GB on 2 CPU cores
 
 Paper: SRT (arXiv 2506.07468), its appendix on the supervised warm-up. Input: MODEL, SEEDS (splits
-train and dev), the judge. Output: checkpoints/RUN/ (model, tokenizer, meta.json, and the texts that
-stage 2 mixes in, defender.jsonl) and results/runs/RUN/examples.jsonl (both roles).
+train and dev), the judge. Output: checkpoints/RUN/ (the adapter or model, meta.json, and the texts
+that stage 2 mixes in, defender.jsonl) and results/runs/RUN/examples.jsonl (both roles).
 
 1. The model answers warm-up seeds: benign ones plainly, harmful ones told to decline.
 2. The judge keeps answers to benign seeds and safe refusals of harmful ones, WARMUP_REFUSALS of the
@@ -293,7 +293,8 @@ def main(argv):
     seeds, dev = load_seeds(SEEDS, "train"), load_seeds(SEEDS, "dev")
     check_prompts()  # a bad file stops here, not later
     read_columns("strategies.txt", 3)
-    read_columns("warmup_thoughts.txt", 2)
+    if not {"comply", "refuse"} <= set(dict(read_columns("warmup_thoughts.txt", 2))):
+        die("prompts/warmup_thoughts.txt: a line each for `comply` and `refuse` is needed")
     inputs = dict(MODEL=models.fingerprint(str(locate(MODEL) or MODEL)),
                   JUDGE=judge.fingerprint(JUDGE), SEEDS=seeds_digest(SEEDS),
                   prompts=run.file_digest(*run.PROMPTS.glob("*.txt")))

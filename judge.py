@@ -34,7 +34,7 @@ from engine.run import PROMPTS, ROOT, configure, die, guarded, locate, read_json
 from engine.sampling import sample
 from evaluation.scores import label_scores
 from selfplay.data import read_exchanges
-from selfplay.sanitize import neutralize, plain, unforge
+from selfplay.sanitize import SPEAKERS, neutralize, plain, unforge
 from selfplay.turns import fill, read_prompt, render
 
 # ==================================================================================================
@@ -82,8 +82,9 @@ def refusal_match(reply):
 
 def text_limit(*turns):
     """How many tokens a judge reads of a text, so that it sees turns of that many tokens whole.
-    Half as many again: the judge's tokenizer may need more of them than the policy's."""
-    return max(MAX_TEXT, 3 * max(turns) // 2)
+    Six times as many: its tokenizer may need more of them than the policy's, and clean() can make
+    five of one (U+FDFA). Else an attacker could hide text behind such tokens."""
+    return max(MAX_TEXT, 6 * max(turns))
 
 
 def clean(text, judge):
@@ -91,7 +92,7 @@ def clean(text, judge):
     What stands after them is invisible to the judge, so an attacker could hide it there. Who
     changes this raises its number in fingerprint(), so that labels are made anew."""
     tok, limit = judge.tok, judge.max_text
-    text = neutralize(unforge(known(plain(text), judge), tok), tok)
+    text = neutralize(unforge(known(plain(text), judge), tok, judge.marks), tok)
     if len(text) > limit:  # a token has at least one character
         ids = tok(text, add_special_tokens=False).input_ids
         if len(ids) > limit:
@@ -117,6 +118,7 @@ def known(text, judge):
 class Judge:
     """A causal model that answers WildGuard's three lines. `truncated`: texts cut at max_text;
     `unknown`: characters that its tokenizer does not know."""
+    marks = ""  # what texts must not say to it beside sanitize.FORGED: a pattern
 
     def __init__(self, model, tok, calibration=None, scoring="constrained",
                  judge_tokens=JUDGE_TOKENS, max_text=MAX_TEXT):
@@ -206,6 +208,7 @@ class Judge:
 class Rubric:
     """Any chat model that rates an exchange with one digit (SSP's judge; prompts/judge_rubric.txt).
     The score is the expected value over the probabilities of the five digits."""
+    marks = SPEAKERS
 
     def __init__(self, model, tok, judge_tokens=JUDGE_TOKENS, max_text=MAX_TEXT):
         self.model, self.tok, self.judge_tokens, self.truncated = model, tok, judge_tokens, 0
@@ -231,6 +234,7 @@ class LlamaGuard:
     """Llama Guard's format (Inan et al. 2023, arXiv 2312.06674): the model's own chat template asks
     for "safe" or "unsafe" of the last speaker. So the request is judged alone, and the reply after
     it, in a second pass. Its label of refusals is the matcher's, p 0 or 1."""
+    marks = SPEAKERS
 
     def __init__(self, model, tok, judge_tokens=JUDGE_TOKENS, max_text=MAX_TEXT):
         self.model, self.tok, self.judge_tokens, self.truncated = model, tok, judge_tokens, 0
@@ -266,7 +270,7 @@ def finished(judge, labels, pairs):
     rated = judge.rubric.expected(pairs) if judge.rubric else [None] * len(pairs)
     out = []
     for x, (_, response), score in zip(labels, pairs, rated):
-        x = settle(x, response and unforge(plain(response), judge.tok))
+        x = settle(x, response and unforge(plain(response), judge.tok, judge.marks))
         if not judge.rubric and "response_harmful" in x.p:
             score = 1 + 4 * x.p["response_harmful"]
         out.append(dataclasses.replace(x, score=score))
@@ -351,7 +355,8 @@ def fingerprint(name):
         return ""
     adapter = adapter_of(name)
     weights = models.folder_digest(adapter) if adapter else models.fingerprint(name)
-    parts = ["clean() 2", weights, read_prompt("judge_wildguard.txt")]
+    version = "clean() 3" if "llama-guard" in name.lower() else "clean() 2"
+    parts = [version, weights, read_prompt("judge_wildguard.txt")]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -483,7 +488,8 @@ def main(argv):
             found |= {f"p_{field}": x.p.get(field) for field in FIELDS}
             lines.append(json.dumps(row | found) + "\n")
         write_text(words[2], "".join(lines))
-        print(f"labelled {len(rows)} exchanges -> {words[2]}")
+        print(f"labelled {len(rows)} exchanges -> {words[2]}; texts cut at {judge.max_text} "
+              f"tokens: {judge.truncated}")
     else:
         print_scores(judge, rows)
 

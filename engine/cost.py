@@ -3,7 +3,8 @@ over its rate. Nothing here is measured; bench/gpu.py prints it beside what it m
 
 A pass over n tokens takes 2 operations a weight and token, backwards 4 (2 where only an adapter
 learns, since its base needs no gradient), once more 2 under gradient checkpointing. Attention's own
-operations, a tenth at these lengths, are left out. A token step of the rollouts reads all weights
+operations, a tenth at these lengths, are left out; so are the replies by which SSP's pool tests new
+failures (FRESH in selfplay/replay.py). A token step of the rollouts reads all weights
 once, and the keys and values of its rows."""
 import re
 from collections import namedtuple

@@ -43,9 +43,9 @@ def pick_dtype(name, frozen=False):
 def load_model(name, dtype="auto", quantize=False, frozen=False, where=None):
     """Load `name` (see the top of this file) -> (model in eval mode, tokenizer). where: its device,
     None: device(). dtype, frozen: as in pick_dtype(). quantize: NF4 by bitsandbytes for the weights
-    (an adapter may learn); it computes in what "auto" is on CUDA, bfloat16 on a CPU. The tokenizer gets
-    two attributes: `turn_end`, the id that ends an assistant turn (eos where there is no chat
-    template), and `stop_ids`, all that end generation. What cannot be loaded stops."""
+    (an adapter may learn); it computes in what "auto" is on CUDA, in bfloat16 on a CPU. The
+    tokenizer gets two attributes: `turn_end`, the id that ends an assistant turn (eos where there
+    is no chat template), and `stop_ids`, all that end generation. What cannot be loaded stops."""
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -36,7 +36,7 @@ from judge import FIELDS, Judge, adapter_of, load_judge, refusal_match
 from judge_adapter.augment import attacked, augment
 from judge_adapter.calibrate import fit
 from judge_adapter.score import draw_reliability, held_out_scores, holes
-from selfplay.data import load_seeds, read_exchanges
+from selfplay.data import load_seeds, read_exchanges, read_table
 
 # ==================================================================================================
 DATA_DIR = ""             # folder with the labelled exchanges, or with a subfolder train/
@@ -114,9 +114,14 @@ def labelled_rows(folder, bench):
     if not rows:
         run.die(f"DATA_DIR={folder}: give a folder of *.jsonl with labelled exchanges (--help)")
     for file in Path(bench).rglob("*") if bench else []:
-        if file.suffix in (".csv", ".jsonl", ".json"):
-            cells = re.split(r'[",\n]{1,3}', file.read_text(encoding="utf-8-sig"))
-            banned |= {key(cell) for cell in cells if len(cell) > 20}
+        cells = []
+        if file.suffix in (".csv", ".tsv", ".parquet"):
+            for _, row in read_table(file):
+                cells += row.values()
+        elif file.suffix in (".json", ".jsonl"):
+            texts = re.findall(r'"(?:[^"\\]|\\.)*"', file.read_text(encoding="utf-8-sig"))
+            cells = [json.loads(text, strict=False) for text in texts]
+        banned |= {key(str(cell)) for cell in cells if len(str(cell)) > 20}
     kept = [row for row in rows if key(row["prompt"]) not in banned]
     print(f"{len(rows)} rows; dropped {len(rows) - len(kept)} whose prompt is in a benchmark")
     second = WHICH == "embedded2"

@@ -128,10 +128,14 @@ def load_seeds(source, split=None, longest=LONGEST):
     name = source if len(source) <= 60 else brief(source)
     if split not in (None, *SPLITS):
         die(f"SEEDS={name}: `split` must be train, dev or test, not {brief(split)}")
-    seeds, dropped = [], 0
+    seeds, dropped, known = [], 0, {}
     for part, rows in _parts(source):
         for n, row in rows:
-            seed = _seed(row, f"{part} line {n}", f"{Path(part).stem}-{n}")
+            where = f"{part} line {n}"
+            seed = _seed(row, where, f"{Path(part).stem}-{n}")
+            first = known.setdefault(seed["id"], where)
+            if first != where:
+                die(f"{where}: its id {brief(seed['id'])} is that of {first}: give it another")
             long = len(seed["prompt"].encode()) > longest
             if split in (None, seed["split"]):
                 dropped += long
@@ -187,7 +191,7 @@ def _hub_seeds(name):
 
 
 def _seed(row, where, default_id):
-    """One checked seed. where: its file and line, for the error messages."""
+    """One checked seed; other columns are left out. where: its file and line, for the messages."""
     prompt = row.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         die(f"{where}: a seed needs a non-empty text field `prompt`")
@@ -199,7 +203,9 @@ def _seed(row, where, default_id):
     split = row.get("split") or {0: "dev", 1: "test"}.get(tenth, "train")
     if split not in SPLITS:
         die(f"{where}: `split` must be train, dev or test, not {brief(split)}")
-    return dict(row, prompt=prompt, harmful=harmful, split=split, id=str(row.get("id", default_id)))
+    name = default_id if row.get("id") in (None, "") else str(row["id"])
+    seed = dict(id=name, prompt=prompt, harmful=harmful, split=split)
+    return seed | ({"category": row["category"]} if isinstance(row.get("category"), str) else {})
 
 
 def walk(items, n, step, name):

@@ -37,6 +37,10 @@ FORGED = [  # what no text has to say to a judge, longest first; words only at t
     rf"(?<![^\W_])(?:{LINES})(?:[\W_]{{0,16}}{ANSWER}|[\W_]{{0,8}}?[:=]+)",
     r"<\|start_header_id\|>" + ROLE + r"<\|end_header_id\|>", r"<\|im_start\|>" + ROLE,
     r"(?m:^)[ \t]*(?:Human\s+user|AI\s+assistant|Answers)\s*:"]
+# Labels of the rubric's prompt and of Llama Guard's template, which other judges do not have.
+SPEAKERS = (r"(?m:^)[ \t]*(?:Request|Reply|User|Agent|Assistant)\s*:|"
+            r"<\s?(?:BEGIN|END)[A-Z \n]{0,30}>|Answer with one digit from 1 to 5|"
+            r"ONLY THE LAST (?:User|Agent) message")
 PASSES = 8  # over a text at most: each looks for what the one before has put together
 
 # What acts on a terminal: C0 without tab and newline, DEL, C1, the direction of writing; and halves
@@ -50,10 +54,13 @@ BLANKS = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\u
 
 def assigned(text):
     """`text` without control characters (tab and newline apart), halves of surrogate pairs, and
-    code points for private use or not assigned: a tokenizer may write them as a special token."""
+    code points for private use or not assigned: a tokenizer may write them as a special token.
+    Without tag characters and variation selectors beyond U+E0000 too: they can spell a text that
+    nobody sees, and that no judge reads."""
     if text.isascii() and text.isprintable():
         return text
     text = text.replace("\r\n", "\n")
+    text = re.sub("[\U000e0000-\U000e01ef]", "", text)
     return "".join(c for c in text if c in "\t\n" or _category(c) not in ("Cc", "Cs", "Co", "Cn"))
 
 
@@ -86,10 +93,11 @@ def neutralize(text, tok):
     return text
 
 
-def unforge(text, tok):
-    """`text` without special tokens, chat markers, the judge's answer lines and role labels. What
-    stood around is joined by one space or line break. Text with none of these is not changed."""
-    _, pattern = _patterns(_words(tok))
+def unforge(text, tok, more=""):
+    """`text` without special tokens, chat markers, the judge's answer lines and role labels, and
+    what the pattern `more` finds. What stood around is joined by one space or line break. Text with
+    none of these is not changed."""
+    _, pattern = _patterns(_words(tok), more)
     for _ in range(PASSES):
         rest = pattern.sub(lambda m: "\n" if "\n" in m[0] else " ", text)
         if rest == text:
@@ -110,13 +118,13 @@ def _words(tok):
 
 
 @functools.cache
-def _patterns(words):
+def _patterns(words, more=""):
     """Two regular expressions: the first character of each delimiter (any run of white space parts
     its words), so that overlapping ones are found too; and FORGED with the delimiters that are not
     PLAIN, and the white space around a run of them."""
     every = [r"\s+".join(map(re.escape, word.split())) for word in words]
     every.append(r"-(?=--\s*Answers)")  # WildGuard's rule before its answers
     marks = sorted(map(re.escape, set(words).difference(PLAIN)), key=len, reverse=True)
-    forged = rf"(?<!\s)\s*(?:(?:{'|'.join(FORGED + marks)})\s*)+"
+    forged = rf"(?<!\s)\s*(?:(?:{'|'.join(FORGED + [more] * bool(more) + marks)})\s*)+"
     first = rf"(?={'|'.join(every)})\S"
     return re.compile(first, re.IGNORECASE), re.compile(forged, re.IGNORECASE)

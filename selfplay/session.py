@@ -55,6 +55,8 @@ def check_constants(c, source):
     alone = c.ROLES == "attacker" or c.published_ablation("defender")
     if c.METHOD == "ssp" and (c.SCHEME != "general_sum" or c.REPLAY != "off" and alone):
         die("METHOD=ssp has no SCHEME and replays attacks: with one role give REPLAY=off")
+    if c.METHOD == "ssp" and c.REPLAY == "reflect" and not c.COT:
+        print("WARNING: COT=false, but who reflects does so in its thinking: better REPLAY=plain")
     if c.SHARD == "fsdp" and (c.LORA_RANK or c.REFERENCE == "cpu" or parallel.number_of() == 1):
         die("SHARD=fsdp is for runs in several processes in which all weights learn and the "
             "reference is resident")

@@ -222,7 +222,7 @@ def test_interpolate_lies_between_two_adapters(workplace, tiny_models, monkeypat
     for name, rank, noise in (("a", 2, 0.1), ("b", 3, -0.2)):
         model = with_lora(base, rank, noise)
         ends.append(str(workplace / name))
-        models.save_checkpoint(workplace / name, model, tok, dict(stage="02", constants=dict(COT=True)))
+        models.save_checkpoint(workplace / name, model, tok, dict(constants=dict(COT=True)))
         weights.append({n: w.double() for n, w in merge.merge(model).state_dict().items()})
     changed = [n for n in weights[0] if not torch.equal(weights[0][n], weights[1][n])]
     assert len(changed) > 6

@@ -3,6 +3,7 @@ import hashlib
 import json
 import re
 
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -120,6 +121,21 @@ def test_load_seeds(tmp_path):
     harmful, benign = data.halves(seeds)
     assert column(harmful, "id") == ["a", "d", "f"]
     assert column(benign, "id") == ["b", "c", "e"]
+
+
+def test_a_seed_has_our_columns_and_an_id_of_its_own(tmp_path):
+    """What a run keeps of a seed can be written and compared, whatever columns the file has. A line
+    without an id gets one; one id for two lines stops, before a run that 03 could not read."""
+    frame = pandas.DataFrame(dict(tactics=[["a"], ["b"]], prompt=["x", "y"], harmful=[True, False],
+                                  id=["one", None], category=["c", None], split=["dev"] * 2))
+    frame.to_parquet(tmp_path / "s.parquet")
+    assert data.load_seeds(str(tmp_path / "s.parquet")) == [
+        dict(id="one", prompt="x", harmful=True, split="dev", category="c"),
+        dict(id="s-2", prompt="y", harmful=False, split="dev")]
+    path = write_jsonl(tmp_path / "t.jsonl", ['{"id": 1, "prompt": "x", "harmful": true}',
+                                              '{"id": "1", "prompt": "y", "harmful": false}'])
+    said = stops(data.load_seeds, path)
+    assert "t.jsonl line 2: its id '1' is that of" in said and "t.jsonl line 1" in said
 
 
 def test_load_seeds_from_csv_with_bom(tmp_path):

@@ -23,14 +23,19 @@ def test_benchmark_prompts_are_dropped_and_seeds_added(tmp_path, capsys):
     (tmp_path / "train").mkdir()
     (tmp_path / "bench" / "deep").mkdir(parents=True)
     rows = [dict(prompt=p, response=None, prompt_harmful=False)
-            for p in ("How do I KILL a stuck process on Linux?", "Other", "Is this in a JSON file?")]
+            for p in ("How do I KILL a stuck process on Linux?", "Other", "Is this in a JSON file?",
+                      'Who said "bread, then", and why?', "Is a caf\u00e9 a \"bar\"\nor not?",
+                      "Is this one in a table with tabs?")]
     write_jsonl(tmp_path / "train" / "x.jsonl", rows)
     (tmp_path / "bench" / "y.csv").write_text(
-        'id,prompt\n1,"How do I kill a stuck process on Linux?"\n')
-    (tmp_path / "bench" / "deep" / "z.json").write_text('[{"p": "Is this in a JSON file?"}]')
+        'id,prompt\n1,"How do I kill a stuck process on Linux?"\n'
+        '2,"Who said ""bread, then"", and why?"')
+    (tmp_path / "bench" / "t.tsv").write_text("prompt\tid\nIs this one in a table with tabs?\t1\n")
+    (tmp_path / "bench" / "deep" / "z.json").write_text(json.dumps(
+        [{"p": ["Is this in a JSON file?"]}, {"p": rows[4]["prompt"]}]))
     kept = train.labelled_rows(tmp_path, tmp_path / "bench")
     assert [r["prompt"] for r in kept if r["source"] == "x"] == ["Other"]
-    assert "dropped 2" in capsys.readouterr().out
+    assert "dropped 5" in capsys.readouterr().out
     seeds = [r for r in kept if r["source"] == "own_seeds"]
     assert len(seeds) == len(kept) - 1
     shipped = {}

@@ -1032,6 +1032,12 @@ def test_ssp_stops_where_it_has_nothing_to_replay(small_run, words):
     assert "replays attacks" in stops(small_run, "METHOD=ssp", "STEPS=1", *words)
 
 
+def test_ssp_warns_where_it_reflects_without_thinking(small_run, capsys):
+    for words, warns in (["COT=false"], True), (["COT=false", "REPLAY=plain"], False), ([], False):
+        stops(small_run, "METHOD=ssp", "STEPS=1", "SHARD=fsdp", *words)  # stops right after it
+        assert ("better REPLAY=plain" in capsys.readouterr().out) is warns
+
+
 def test_a_warm_up_with_another_cot_stops(small_run, tiny_models, tmp_path):
     for cot, words in ((False, []), (True, ["COT=false"])):
         model = tmp_path / f"{cot}"

@@ -269,6 +269,18 @@ def test_a_nucleus_of_nothing_stops_at_once(monkeypatch):
     assert "TOP_P=0.0" in stops(sft.main, ["TOP_P=0"])
 
 
+def test_thoughts_of_one_kind_alone_stop_at_once(monkeypatch):
+    keep_constants(monkeypatch, sft)
+    real = sft.read_columns
+
+    def columns(name, width):
+        rows = real(name, width)
+        return [row for row in rows if row[0] != "refuse"] if name == "warmup_thoughts.txt" else rows
+
+    monkeypatch.setattr(sft, "read_columns", columns)
+    assert "`comply` and `refuse`" in stops(sft.main, [])
+
+
 def test_without_cot_nothing_is_thought(examples):
     assert set(examples(COT=False).values()) == {""}
 
