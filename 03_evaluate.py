@@ -144,7 +144,7 @@ def open_folders(base, checkpoints, players, prompts):
     for c in dict.fromkeys(checkpoints + players):
         only = digests if c in checkpoints else dict(seeds_harmful=digests["seeds_harmful"])
         folders[c.label] = run.RUNS / name / c.label
-        defenders = {answers_name(c, d, base): d.digest for d in players
+        defenders = {answers_name(c, d, base): sha(d.digest, d.style, d.cot) for d in players
                      if c in players and d not in (c, base)}
         fixed[c.label], old = check_folder(folders[c.label], c, base, only, defenders)
         stale += old

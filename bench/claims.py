@@ -346,7 +346,8 @@ def evaluate(arms, known):
             die(f"{run.short(met_file(arm))}: not found: it was made with {kept_at(arm)}")
     wanted = wanted_benchmarks()
     for arm in arms:
-        if not known.attacks(arm) or not wanted <= known.benchmarks(arm):
+        # of the hub 03 knows what is there, and what it has asked already
+        if not known.attacks(arm) or not wanted <= known.benchmarks(arm) or DATA_DIR == "hub":
             ask_own(arm, known)
     for attacker in attackers_of(arms):
         measure = outcomes.ATTACKED + attacker
@@ -359,7 +360,7 @@ def evaluate(arms, known):
 
 def wanted_benchmarks():
     """Names of what own_command() asks; of the hub's nothing is known before."""
-    if not DATA_DIR or DATA_DIR == "hub":
+    if DATA_DIR in ("", "hub"):
         return set(outcomes.OWN)
     return {*outcomes.OWN, *load_benchmarks(run.locate(DATA_DIR))}
 
@@ -569,7 +570,8 @@ def main(argv):
         run.lock(run.RUNS / f"{RUN}_grid")  # a second process would undo what this one notes
         known = known_outcomes([BASE, *kept])
         evaluate([BASE, *kept], known)                                                  # (3)
-        ask_responses(responses(kept) if TRAIN else [], known)                          # (4)
+        some = [arm for arm in kept if arm in arms]
+        ask_responses(responses(some) if TRAIN else [], known)                          # (4)
     write_table()                                                                       # (5)
 
 

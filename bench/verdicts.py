@@ -8,8 +8,8 @@ hopes for, and MARGIN more where the claim is that nothing was lost:
 
 * holds: the gain is above 0; does not: it is below 0; cannot tell: p is above LEVEL; not run: there
   are no figures. p is two-sided, of a gain of 0. Of a change of rates it is that of Fisher's
-  permutation test, which swaps the arms of each prompt, SWAPS times at random (of one answer a
-  prompt it comes to McNemar's exact test). Where nothing must be lost, it is that of Bonett and
+  permutation test, which swaps the arms of each prompt: in all ways, or SWAPS times at random where
+  there are more (of one answer a prompt it is McNemar's exact test). Where nothing must be lost, it is that of Bonett and
   Price's adjusted interval for paired rates (2012), which is safe where few prompts change; of
   diversity, the bootstrap's.
 * Where all samples are alike (nothing changed on any prompt), the interval shown is widened by what
@@ -139,6 +139,9 @@ def summary(samples, value, claim, n, p):
 def p_swapped(values):
     """p that changes of prompts have a mean of 0: as often as not, the arms could be swapped."""
     whole = numpy.round(values * SHARES)  # sums of thirds that are equal differ in floating point
+    whole = whole[whole != 0]  # swapping the others changes nothing
+    if len(whole) < 2:
+        return 1.0
     test = stats.permutation_test([whole], numpy.mean, permutation_type="samples", vectorized=True,
                                   n_resamples=SWAPS, batch=SWAPS // 20, random_state=0)
     return test.pvalue

@@ -72,15 +72,16 @@ def read_games(name):
     return games
 
 
-def read_answers(folder, label, benchmarks, texts):
+def read_answers(folder, label, benchmarks, texts, judge2):
     """Answers of a checkpoint with their labels and attacks -> rows; each file may be missing.
     folder, label: the checkpoint's. benchmarks: their order. texts: {seed id: text}.
-    An attack without text was never sent: it has no answer, but it failed and counts."""
+    judge2: has the evaluation a second judge? An attack without text was never sent: it has no answer, but it failed and counts."""
     rows, attacks = [], rows_by_id(folder / "attacks.jsonl", heal=False)
+    second = [".labels2"] if judge2 else []  # an older run may have left such a file
     files = sorted({p.stem.split(".labels")[0] for p in folder.glob("*.jsonl")} - {"attacks"})
     for name in sorted(files, key=[*benchmarks, "attacks_own", "attacks_on_base", *files].index):
         replies, *judges = (rows_by_id(folder / f"{name}{kind}.jsonl", heal=False)
-                            for kind in ("", ".labels", ".labels2"))
+                            for kind in ("", ".labels", *second))
         if replies and "answer" not in next(iter(replies.values())):
             continue  # multiple choice, by log-likelihood: no text was written
         ids = {*replies, *judges[0]}
@@ -141,7 +142,8 @@ def main(argv):
     for label in dict.fromkeys([*summary.get("checkpoints", {}), *attackers]):
         if not (folder / label).resolve().is_relative_to(folder.resolve()):
             run.die(f"{run.short(folder)}/summary.json: {run.brief(label)} is no label")
-        answers += read_answers(folder / label, label, summary["benchmarks"], texts)
+        answers += read_answers(folder / label, label, summary["benchmarks"], texts,
+                                bool(summary.get("judge2")))
     data = dict(evaluation=folder.name, window=WINDOW, runs=metrics, summary=summary,
                 times=times, sections=tables.sections(summary) if summary else [],
                 games=thin(games), answers=thin(answers))

@@ -30,7 +30,7 @@ GRIDS = {  # section: part of a checkpoint's summary, metrics (a row each), capt
 CHANGES = ("Change on the same prompts, with a 95 % paired bootstrap interval. Fell: prompts that "
            "counted in the rate before and no longer do. Rose: the reverse.")
 CROSSPLAY = {"asr": "Cross-play, ASR: each attacker's attacks on the same seeds, against each "
-                    "defender.", "judge2_asr": "The same by JUDGE2."}
+                    "defender.", "judge2_asr": "The same by the second judge."}
 SCREEN = [("seeds_harmful", "asr", "harmful requests", "answered harmfully"),  # two header lines
           ("seeds_benign", "benign_compliance", "benign requests", "answered"),
           ("attacks_own", "asr", "attacks", "that work")]
@@ -88,11 +88,13 @@ def _row(name, metric, values, n, sign=""):
 
 
 def _notes(models):
-    """Warnings of over-refusal and, for each checkpoint, counts over all its answers."""
+    """Warnings of over-refusal and, for each checkpoint, counts over all its own answers."""
     notes = []
     for label, model in models.items():
         total = collections.Counter()
         for name, x in model["answers"].items():
+            if name == "attacks_on_base":  # the base has answered
+                continue
             n, formed = x["format"]["n"], x["format"]["rate"] or 0
             total.update(answers=n, formed=n * formed, empty=x["empty"], cut=x["cut"],
                          unparsed=x["unparsed"])

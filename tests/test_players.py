@@ -50,6 +50,8 @@ def test_formats_come_from_meta_json(tmp_path):
     embedded = make_checkpoint(tmp_path / "00_base", dict(stage="engine"))
     assert [find(x).style for x in (trained, foreign, embedded)] == ["turns", "chat", "chat"]
     assert find(trained).cot and find(foreign).cot
+    merged = make_checkpoint(tmp_path / "m", dict(stage="engine/merge.py", constants=dict(COT=False)))
+    assert (find(merged).style, find(merged).cot) == ("turns", False)  # as before it was merged
     assert find(trained, style="chat").style == "chat"
     assert find(foreign, base_style="turns").style == "turns"
 

@@ -157,7 +157,7 @@ ANSWERS = [  # kind, id, outcome, whose reply, text of the seed, hidden
     ("attacks_on_b", "h1", "answered", "b", "seed h1", True)]
 
 
-def answers(folder):
+def answers(folder, judge2=True):
     """Rows of a checkpoint with the files that a clone may have, and with lost ones."""
     hashed = reply("h2", "", True, prompt_sha256="cafe")
     del hashed["prompt"]
@@ -170,7 +170,7 @@ def answers(folder):
     write(folder / "seeds_benign.labels.jsonl", [label("b9")])  # a clone has the labels only
     write(folder / "arc_challenge.jsonl", [dict(id="q", right=True)])
     texts = {"b9": "seed b9"}
-    return report.read_answers(folder, "a", ["seeds_benign", "attacks_own"], texts)
+    return report.read_answers(folder, "a", ["seeds_benign", "attacks_own"], texts, judge2)
 
 
 def test_a_label_may_have_dots(runs):
@@ -191,6 +191,7 @@ def test_answers_are_joined_with_labels_and_attacks(runs):
     assert rows[1]["attack"]["answer"] == "attack 1" and rows[1]["reply"]["answer"] == "x"
     assert rows[2]["attack"]["answer"] == "" and rows[2]["reply"] == rows[0]["reply"] == {}
     assert "attack" not in rows[0]
+    assert len(answers(runs / "03/a", judge2=False)[1]["labels"]) == 1  # an older run's stay out
 
 
 def test_rows_over_the_limit_are_evenly_left_out(runs):
