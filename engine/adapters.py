@@ -82,8 +82,7 @@ def choose_weights(model, rank, alpha, seed):
 
 
 def tidy(folder, base):
-    """Bring peft's config in a folder into a fixed order, write down whose adapter it is, and drop
-    what the library saves beside it."""
+    """Put peft's config in a fixed order, name its base, drop what the library saves beside it."""
     (folder / "generation_config.json").unlink(missing_ok=True)
     config = read_json(folder / CONFIG)
     config |= {BASE: base, "target_modules": sorted(config["target_modules"])}

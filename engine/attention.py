@@ -15,8 +15,7 @@ def register(name, attend, mask):
 
 def folded():
     """Register "folded" attention. It folds the query heads of a group (H heads on K of keys and
-    values) into the query length, so that nothing is copied. The numbers are those of "eager",
-    softmax in float32 included."""
+    values) into the query length: nothing is copied. Numbers as of "eager", softmax in float32."""
     from transformers.masking_utils import eager_mask
 
     def attend(module, query, key, value, attention_mask, scaling=None, **_):

@@ -2,10 +2,9 @@
 over its rate. Nothing here is measured; bench/gpu.py prints it beside what it measures.
 
 A pass over n tokens takes 2 operations a weight and token, backwards 4 (2 where only an adapter
-learns, since its base needs no gradient), once more 2 under gradient checkpointing. Attention's own
-operations, a tenth at these lengths, are left out; so are the replies by which SSP's pool tests new
-failures (FRESH in selfplay/replay.py). A token step of the rollouts reads all weights
-once, and the keys and values of its rows."""
+learns), once more 2 under gradient checkpointing. A token step of the rollouts reads all weights
+once, and the keys and values of its rows. Left out: attention's own operations, a tenth at these
+lengths, and the replies by which SSP's pool tests new failures (FRESH in selfplay/replay.py)."""
 import re
 from collections import namedtuple
 
@@ -27,8 +26,7 @@ JUDGE_PROMPT = 250     # tokens of the judge's instructions around an exchange
 
 
 def find_card(name):
-    """The card of CARDS with the longest name in a device's name, e.g. A10 in "A10G", but not in
-    "A1000" -> (its name, Card) or None."""
+    """The longest name of CARDS in a device's (A10 in A10G, not A1000) -> (name, Card) or None."""
     found = [known for known in CARDS if re.search(rf"(?<!\w){known}(?!\d)", name)]
     best = max(found, key=len, default=None)
     return best and (best, CARDS[best])

@@ -31,8 +31,7 @@ def token_logprobs(model, prompts, completions, temperature=1.0):
 def cross_entropy_step(model, optimizer, examples, max_tokens, coef=1.0):
     """Backward pass of coef * the mean cross-entropy over the completion tokens of `examples`
     (dicts with prompt_ids and completion_ids), in micro-batches of at most `max_tokens` padded
-    tokens -> that mean without coef, a float. Several processes share the micro-batches; the
-    optimizer's step sums their gradients."""
+    tokens -> that mean without coef. Processes share them; optimizer.step sums the gradients."""
     total = sum(len(e["completion_ids"]) for e in examples)
     lengths, mean = [len(e["prompt_ids"]) + len(e["completion_ids"]) for e in examples], 0.0
     for part, weight in shards.rounds(micro_batches(lengths, max_tokens), lengths, model):
@@ -98,8 +97,7 @@ def _head_chunks(hidden_ND, weight_VD, bias_V):
 
 
 def _few(start, logits):
-    """(rows, their logits), 16 rows of a chunk at a time: 3 MB in float32 at V = 49k, which stay in
-    a CPU's cache. On CUDA the whole chunk."""
+    """(rows, their logits), on a CPU 16 at a time: 3 MB at V = 49k, which stay in its cache."""
     for part in logits.split(16 if logits.device.type == "cpu" else LOGPROB_CHUNK):
         yield slice(start, start + len(part)), part
         start += len(part)

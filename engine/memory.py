@@ -89,8 +89,7 @@ def plan(model, judges, size, optimizer, turns, train_tokens, judge_tokens, eage
     padding included. rank: of an adapter that learns; 0: all weights do. nf4: are the policy's
     other weights in NF4? checkpointing: as in activation_bytes(). players: adapters that learn.
     reference: "resident", or "cpu": on the device while it scores. shares: processes that all
-    weights, gradients and the optimizer are spread over (FSDP); while it samples or scores, a
-    model is there as a whole."""
+    weights, gradients and the optimizer are spread over (FSDP); a model that samples is whole."""
     s, n, kept = model, players * rank * model.ports or model.weights, BYTES[optimizer, size]
     frozen = Row("always" if reference == "resident" else "reference", "reference",
                  s.weights * size, "the same, frozen")
@@ -174,8 +173,7 @@ def needed(rows, gpu):
 
 
 def print_plan(rows, stop, free, where, gpu):
-    """Print a plan against the `free` bytes of the device `where`. stop: end the run where it does
-    not fit."""
+    """Print a plan against the `free` bytes of `where`. stop: end the run where it does not fit."""
     need, phase = needed(rows, gpu)
     for r in rows:
         print(f"  {r.phase:10s}{r.name:22s}{r.bytes / GB:8.2f} GB  {r.how}")

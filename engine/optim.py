@@ -13,8 +13,7 @@ master   AdamW on float32 copies of the weights. Gradients of micro-batches add 
 kahan    AdamW with Kahan summation (arXiv 2010.06192): the part of each update that rounding drops
          is kept and added later. With float32 weights it is plain AdamW. Its limits: a step under
          2^-17 of its weight is lost (1.2e-7 for a weight of .02). Gradients add up in bfloat16, so
-         keep an update under about a hundred micro-batches. Moments are bfloat16: enough for
-         beta2 = .95, too coarse for .999."""
+         keep an update under about a hundred micro-batches. Moments too: beta2 <= .95."""
 import math
 
 import torch
@@ -24,8 +23,8 @@ from engine.run import die
 
 BYTES = {  # of a parameter: (optimizer, bytes of a weight) -> what it keeps between updates
     ("master", 2): 4 + 4 + 8, ("master", 4): 4 + 4 + 8, ("kahan", 2): 2 + 4, ("kahan", 4): 8}
-SAVED = {  # the same -> what tensors() has: no sum of gradients; with "kahan" the weight itself
-    ("master", 2): 4 + 8, ("master", 4): 4 + 8, ("kahan", 2): 2 + 2 + 4, ("kahan", 4): 4 + 8}
+# the same -> what tensors() has: no sum of gradients; with "kahan" the weight itself
+SAVED = {("master", 2): 12, ("master", 4): 12, ("kahan", 2): 2 + 2 + 4, ("kahan", 4): 4 + 8}
 
 
 class _Resumable:

@@ -22,8 +22,7 @@ def begin():
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and _state is None:
         import torch
         from accelerate import PartialState
-        # the others wait while the first one writes a checkpoint of all weights to a slow disk
-        patience = datetime.timedelta(hours=2)
+        patience = datetime.timedelta(hours=2)  # while the first one saves on a slow disk
         _state = PartialState(cpu=not torch.cuda.is_available(), timeout=patience)
         if not is_first():
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -116,8 +115,7 @@ def gather(found):
 
 
 def total(values, most=()):
-    """{name: number} of this process -> the sums over all processes, of the names in `most` the
-    largest ones."""
+    """{name: number} of this process -> sums over all; of the names in `most` the largest ones."""
     if number_of() == 1:
         return values
     from accelerate.utils import gather_object
@@ -138,8 +136,7 @@ def add_up(x):
 
 
 def once(call, *args):
-    """call(*args) in the first process alone. The others wait and get what it returns; if it fails,
-    they end."""
+    """call(*args) in the first process alone. The others get its value; if it fails, they end."""
     if number_of() == 1:
         return call(*args)
     from accelerate.utils import broadcast_object_list

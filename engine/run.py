@@ -2,8 +2,7 @@
 
 A stage keeps its constants at its top, one a line, between two rulers; each can be given on the
 command line as NAME=value. Its type says what is allowed: `Literal["a", "b"]` a choice, `Share` a
-number from 0 to 1, `Count` an int of 0 or more, int 1 or more (0 or more where the default is 0),
-float finite and 0 or more."""
+number from 0 to 1, `Count` an int >= 0, int >= 1 (>= 0 if that is the default), float >= 0."""
 import contextlib
 import difflib
 import errno
@@ -177,8 +176,7 @@ def read_log(path, heal=True):
 
 
 def write_text(path, text):
-    """Write a small file whole or not at all: a killed run leaves the old one. Of several processes
-    the first one writes."""
+    """The first process writes a small file whole or not at all: killed, it leaves the old one."""
     if not parallel.is_first():
         return
     tmp = Path(f"{path}.tmp")
@@ -240,8 +238,7 @@ def configure(scope, argv, title=None):
     """Apply a recipe, such as `--paper` or `--gpu24` (the block scope["PAPER"], scope["GPU24"]),
     and then `NAME=value` words to the constants of a script (`scope`: its globals()). `--help`
     prints the docstring and the block. PROGRESS=false switches the progress bars off. Any mistake
-    ends with one line and exit code 1. title: a function whose text is the first line of the run,
-    before what was overridden."""
+    ends with one line and exit code 1. title: a function that gives the first line of the run."""
     script, defaults = Path(scope["__file__"]), constants(scope)
     if "--help" in argv or "-h" in argv:
         block = script.read_text(encoding="utf-8").split(RULER)[1]

@@ -139,8 +139,7 @@ def _sample(model, tok, prompts, max_new, temperature, batch, generator, top_p, 
         return draw(logits_BV, temperature, uniform_B)
 
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    # processes share whole batches: a row's batch, and so its rounding, is that of one process, if
-    # there are enough rows for all
+    # processes share whole batches, so that a row's rounding is that of one process
     rows = 1 if rollout != "plain" else min(batch, -(-len(order) // parallel.number_of()))
     parts = chunks(range(len(order)), max(1, rows))
     parts = parallel.share(parts, [len(prompts[i]) + max_new for i in order])
@@ -186,8 +185,7 @@ def _step_mask(config, mask_BL):
 
 def _decode(model, tok, prompts, uniform_BT, pick, bar):
     """One batch of `sample`. uniform_BT: the numbers that draw its tokens, bar: counts them. The
-    prompts' common opening goes through the model once. Their rest needs no mask: the padding
-    stands to the right of the text."""
+    prompts' common opening goes through the model once. The padding on the right needs no mask."""
     where, (B, max_new) = model.device, uniform_BT.shape
     uniform_BT = uniform_BT.to(where)
     length_B = torch.tensor(list(map(len, prompts)), device=where)

@@ -13,8 +13,7 @@ FREE = 0.85  # of the free device memory that keys and values may take; the rest
 
 
 def slots_that_fit(model, length, most):
-    """How many slots of `length` positions the free memory of the model's device holds, at most
-    `most`, at least one."""
+    """How many slots of `length` positions fit into the device's free memory: 1 to `most`."""
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(model.device)[0] * FREE
     _, heads, width = key_value_shape(model.config)

@@ -9,8 +9,7 @@ from engine import adapters, models
 from engine.run import STEP, brief, check_fields, die, locate, read_json, short
 
 # A model. label: its name in tables and folders, e.g. "02_rl/step_000200". path: folder or hub id.
-# style: it is asked by "turns" or by its own "chat" template. cot: with hidden thinking. digest:
-# of its weights.
+# style: asked by "turns" or its own "chat" template. cot: hidden thinking. digest: of its weights
 Checkpoint = collections.namedtuple("Checkpoint", "label path style cot digest")
 
 
@@ -21,8 +20,7 @@ def sha(*parts):
 
 def find_checkpoint(name, style, base_style):
     """A folder, "smollm2" or a hub id -> Checkpoint; a folder of step_* means its newest complete
-    step. style: of this repository's checkpoints; base_style: of all other models; a name that ends
-    in "@turns" or "@chat" has its own."""
+    step. style: of our checkpoints; base_style: of other models; NAME@turns, NAME@chat: its own."""
     model, _, asked = name.rpartition("@")
     if asked in ("turns", "chat"):
         plain = find_checkpoint(model, style, base_style)

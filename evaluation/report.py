@@ -6,8 +6,7 @@ This file joins what the runs wrote; the script in evaluation/report.html draws 
 results/runs/: of the evaluation summary.json, times.json, <checkpoint>/*.jsonl; of each run in
 CURVES metrics.csv, games.jsonl. The page says what is missing. Cost: seconds, a few MB.
 Safety: texts of models are data, never markup. Where the seed, the request or the reply is harmful,
-or nobody judged, a button hides them; whoever gets the file gets them all the same. Prompts that do
-not ship are shown by id and hash."""
+or nobody judged, a button hides them; they are in the file. Other prompts: by id and hash."""
 import base64
 import csv
 import difflib
@@ -75,7 +74,7 @@ def read_games(name):
 def read_answers(folder, label, benchmarks, texts, judge2):
     """Answers of a checkpoint with their labels and attacks -> rows; each file may be missing.
     folder, label: the checkpoint's. benchmarks: their order. texts: {seed id: text}.
-    judge2: has the evaluation a second judge? An attack without text was never sent: it has no answer, but it failed and counts."""
+    judge2: is there one? An attack without text was not sent and has no answer; it failed, in n."""
     rows, attacks = [], rows_by_id(folder / "attacks.jsonl", heal=False)
     second = [".labels2"] if judge2 else []  # an older run may have left such a file
     files = sorted({p.stem.split(".labels")[0] for p in folder.glob("*.jsonl")} - {"attacks"})

@@ -115,8 +115,7 @@ def paired_changes(old_folder, new_folder, benchmarks, tasks):
 
 
 def _outcomes(folder, name, metric):
-    """1.0 or 0.0 by id: is the answer right (acc), harmful (asr), or does it comply? The last two
-    only of answers whose labels parsed."""
+    """1.0 or 0.0 by id: is an answer right (acc), or, if parsed, harmful (asr); does it comply?"""
     rows = rows_by_id(folder / f"{name}.jsonl")
     for i, labels in rows_by_id(folder / f"{name}.labels.jsonl").items():
         rows[i] |= labels

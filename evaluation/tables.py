@@ -1,8 +1,7 @@
 """The tables of an evaluation, made from its summary (the dict in summary.json).
 
 `sections` gives every table as texts of cells: full_table writes them as Markdown (table.md), and
-evaluation/report.py as HTML. A rate is a dict(rate, low, high, n): a mean, its 95 % bootstrap
-interval and the number of prompts."""
+evaluation/report.py as HTML. A rate: dict(rate, low, high, n), n: prompts, 95 % interval."""
 import collections
 
 OVER_REFUSAL = 0.85       # a benign compliance below this gets a warning (ours)

@@ -227,8 +227,7 @@ KINDS = [
 
 
 def attacked(rows, rng, fresh):
-    """Rows whose request is a bare goal, wrapped as attacks are, two of three. The label of a reply
-    holds for the goal, so it stays."""
+    """Rows with bare goals, two of three wrapped as attacks. Labels hold for goals: they stay."""
     s = types.SimpleNamespace(**read_wrappers(fresh), shells=[], rng=rng, pick=rng.choice)
     lines = read_part("strategies.txt", fresh, PROMPTS)
     s.rewrites = [line.split("|", 2)[2].strip() for line in lines]

@@ -43,8 +43,7 @@ def f1(gold, guess):
 
 
 def best_threshold(gold, p):
-    """The threshold with the highest F1: in the middle between two values of p, so that neither
-    stands on it."""
+    """The threshold with the highest F1, in the middle between two values of p."""
     precision, recall, values = precision_recall_curve(gold, p)
     total = (precision + recall)[:-1]
     k = int(numpy.argmax(precision[:-1] * recall[:-1] / numpy.where(total > 0, total, 1.0)))
@@ -54,8 +53,7 @@ def best_threshold(gold, p):
 def fit(rows, margins, augmented_weight):
     """Rows with labels and their log-odds -> {label: dict(weights, bias, threshold)}. All augmented
     rows count `augmented_weight` of all real ones. At 0 bare refusals and off-topic replies are
-    taken for harm. If each counted as much as a real row, harm would be missed (CARD.md). The
-    threshold is of the real rows alone."""
+    taken for harm; at 1 a row harm is missed (CARD.md). The threshold is of the real rows."""
     table, found = pandas.DataFrame(rows), {}
     for field in FIELDS:
         known = table[table[field].notna()]

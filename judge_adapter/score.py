@@ -32,8 +32,7 @@ def _lines(reply, between):
 
 def holes(scorer, rows, margins, rng, fresh, n=100):
     """HOLES tried on held-out real exchanges that the judge has right, n harmful ones and n
-    harmless ones -> {form: dict(harmful, turned_harmless, harmless, turned_harmful)}, counts; also
-    printed. margins: the rows' log-odds."""
+    harmless -> {form: dict(harmful, turned_harmless, harmless, turned_harmful)}, also printed."""
     s, base = augment.materials(rows, rng, fresh), {True: [], False: []}
     calibration = scorer.calibration["response_harmful"]
     for row, x in zip(rows, margins):
@@ -63,8 +62,7 @@ def held_out_scores(rows, margins, augmented_weight):
     """Held-out rows and their log-odds [N][3] -> dict of four tables, also printed: labels (on the
     real rows, with the reliability before and after calibration), sources (the request's harm by
     source of prompts), replies (the reply's harm by source), slices (share of right labels by kind
-    of augmented rows). The calibration of a row comes from the half of the rows that it is not
-    in."""
+    of augmented rows). A row's calibration comes from the half of the rows that it is not in."""
     halves = [fit(rows[k::2], margins[k::2], augmented_weight) for k in (1, 0)]
     table, out = pandas.DataFrame(rows), dict(labels={}, sources={}, slices={}, replies={})
     for k, field in enumerate(FIELDS):

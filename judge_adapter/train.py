@@ -121,7 +121,7 @@ def labelled_rows(folder, bench):
         elif file.suffix in (".json", ".jsonl"):
             texts = re.findall(r'"(?:[^"\\]|\\.)*"', file.read_text(encoding="utf-8-sig"))
             cells = [json.loads(text, strict=False) for text in texts]
-        banned |= {key(str(cell)) for cell in cells if len(str(cell)) > 20}
+        banned |= {key(cell) for cell in map(str, cells) if len(cell) > 20}
     kept = [row for row in rows if key(row["prompt"]) not in banned]
     print(f"{len(rows)} rows; dropped {len(rows) - len(kept)} whose prompt is in a benchmark")
     second = WHICH == "embedded2"
@@ -177,8 +177,7 @@ def encode(scorer, rows):
 
 def fed_answers(rows, rng):
     """What stands as the first two answers of each row when the next ones are learnt: the labels,
-    and where they are missing what fits the label of harm, else a guess. One in ten is wrong, since
-    in use the judge reads its own answers."""
+    else what fits the label of harm, else a guess. One in ten is wrong, as in use."""
     out = []
     for row in rows:
         harms = row.get("response_harmful") is True
@@ -284,8 +283,7 @@ def train_adapter(rows):
 
 
 def splits():
-    """Rows of DATA_DIR -> (training rows, rows to calibrate and report on), augmented rows and all.
-    (1) and (2) of the docstring."""
+    """(1), (2): DATA_DIR -> (training rows, rows to calibrate and report on), augmented too."""
     training, held, second = [], [], WHICH == "embedded2"
     for row in labelled_rows(DATA_DIR, BENCH_DIR):
         (held if held_out(row["prompt"]) else training).append(row)

@@ -66,8 +66,7 @@ def _checked(path, rows, keys, types):
 
 
 def read_exchanges(path, *keys):
-    """JSONL with prompt and response, and all `keys` -> list of dicts; a bad line stops with its
-    number."""
+    """JSONL with prompt, response, all `keys` -> list of dicts. A bad line stops, by its number."""
     if not Path(path).is_file():
         die(f"{path} not found")
     types = dict(LABELS, prompt=str, response=str | None)
@@ -75,8 +74,7 @@ def read_exchanges(path, *keys):
 
 
 def read_rows(path, *keys, heal=True):
-    """Rows of a log of JSON objects, [] where there is none; each must have all `keys`. heal: as in
-    read_log()."""
+    """Rows of a JSON log, [] where there is none; each has all `keys`. heal: see read_log()."""
     return _checked(path, _json_lines(path, read_log(path, heal)), keys, TYPES)
 
 

@@ -62,8 +62,7 @@ def mean_of(labels, others):
 
 @dataclasses.dataclass(eq=False)
 class Item:
-    """A past failure: the request, the last unsafe reply, the discounted mean reward over the plain
-    visits and their discounted number."""
+    """A past failure; mean and weight: discounted reward and number of its plain visits."""
     number: int
     seed: dict
     attack: str
@@ -103,8 +102,7 @@ class Pool:
         return "".join(json.dumps(row) + "\n" for row in [totals, *map(vars, self.items)])
 
     def ucb(self, item):
-        """(1 - mean r_def) + c sqrt(ln(1 + N) / (1 + n)); n: the item's discounted plain visits, N:
-        those of all items."""
+        """(1 - mean r_def) + c sqrt(ln(1 + N) / (1 + n)); n: discounted plain visits, N: of all."""
         total = math.fsum(x.weight for x in self.items)
         return 1 - item.mean + self.ucb_c * math.sqrt(math.log(1 + total) / (1 + item.weight))
 
@@ -133,8 +131,7 @@ class Pool:
 
     def visit(self, item, r_def, reply, plain=True):
         """An item was answered afresh. reply: "" if it is empty (r_def 0): then the item keeps its
-        unsafe reply and is not mastered. plain: without its earlier reply. A mastered item leaves,
-        and one that was visited RETIRE times."""
+        unsafe reply. plain: it was not shown. The item leaves mastered, or after RETIRE visits."""
         item.visits += 1
         if r_def < 0.5 and reply:
             item.reply = reply

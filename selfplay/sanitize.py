@@ -43,8 +43,7 @@ SPEAKERS = (r"(?m:^)[ \t]*(?:Request|Reply|User|Agent|Assistant)\s*:|"
             r"ONLY THE LAST (?:User|Agent) message")
 PASSES = 8  # over a text at most: each looks for what the one before has put together
 
-# What acts on a terminal: C0 without tab and newline, DEL, C1, the direction of writing; and halves
-# of surrogate pairs, which cannot be printed.
+# What acts on a terminal: C0 without tab and newline, DEL, C1, directions; and lone surrogates
 CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
                       "\ud800-\udfff]")
 # Characters without a picture that belong to a script all the same: fillers, variation selectors.
@@ -55,8 +54,7 @@ BLANKS = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\u
 def assigned(text):
     """`text` without control characters (tab and newline apart), halves of surrogate pairs, and
     code points for private use or not assigned: a tokenizer may write them as a special token.
-    Without tag characters and variation selectors beyond U+E0000 too: they can spell a text that
-    nobody sees, and that no judge reads."""
+    Tag characters go too (U+E0000 on): they can spell a text that no judge reads."""
     if text.isascii() and text.isprintable():
         return text
     text = text.replace("\r\n", "\n")
@@ -80,9 +78,8 @@ _category = functools.cache(unicodedata.category)
 
 
 def neutralize(text, tok):
-    """`text` with every delimiter (DELIMITERS, the tokenizer's special tokens) broken by a space,
-    and without what assigned() takes out. Case does not matter, and white space inside a delimiter
-    may vary."""
+    """assigned(text) with every delimiter (DELIMITERS, the tokenizer's special tokens) broken by a
+    space. Case does not matter, and white space inside a delimiter may vary."""
     pattern, _ = _patterns(_words(tok))
     text = assigned(text)
     for _ in range(PASSES):  # a space put in may be one that a delimiter has
@@ -95,8 +92,7 @@ def neutralize(text, tok):
 
 def unforge(text, tok, more=""):
     """`text` without special tokens, chat markers, the judge's answer lines and role labels, and
-    what the pattern `more` finds. What stood around is joined by one space or line break. Text with
-    none of these is not changed."""
+    what the pattern `more` finds. What stood around is joined by one space or line break."""
     _, pattern = _patterns(_words(tok), more)
     for _ in range(PASSES):
         rest = pattern.sub(lambda m: "\n" if "\n" in m[0] else " ", text)

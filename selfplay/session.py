@@ -17,8 +17,7 @@ from selfplay.data import halves, load_seeds, seeds_digest
 from selfplay.replay import Likeness, Pool
 from selfplay.turns import read_examples
 
-# What a run works with. policy: {role: model}, one model or two. first: steps that are done
-# already. out: the folder of its results.
+# A run's parts. policy: {role: model}, one or two. first: steps that are done. out: its results
 Run = collections.namedtuple(
     "Run", "policy ref tok scorer optimizer pool seeds dev embed sft inputs first out")
 
@@ -30,11 +29,9 @@ def plan_memory(scope, source, seeds):
     attacked = sum(kind.startswith("generated") for kind, _ in c.draw_seeds(seeds, 0))
     if not attacked and not c.published_ablation("defender"):
         die(f"ATTACKED={c.ATTACKED} leaves the attacker no seed: give more, or ROLES=defender")
-    policy, names = models.peek(source), [c.JUDGE]
-    if c.METHOD == "ssp" and c.RUBRIC_JUDGE:
-        names.append(c.RUBRIC_JUDGE)
+    policy, names = models.peek(source), [c.JUDGE, c.RUBRIC_JUDGE if c.METHOD == "ssp" else ""]
     cuda = bool(c.PLAN_ONLY and c.CARD)  # a plan for a card, which may be in another machine
-    judges = [c.judge.footprint(name, c.QUANTIZE, cuda) for name in names]
+    judges = [c.judge.footprint(name, c.QUANTIZE, cuda) for name in filter(None, names)]
     if not policy or None in judges:
         print(f"memory: not planned, the config of {c.MODEL} or of the judge is not at hand")
         return c.CHECKPOINTING == "on"
@@ -93,8 +90,7 @@ def load_models(c, source, resumed, checkpointing):
 
 
 def start(scope, load_embedder):
-    """Load all that a run works with: new, or from the newest checkpoint -> Run. load_embedder: of
-    evaluation.attackers, for (8)."""
+    """Load a run's parts, new or from the newest checkpoint -> Run. load_embedder: for (8)."""
     c = types.SimpleNamespace(**scope)
     source = str(run.locate(c.MODEL) or c.MODEL)
     check_constants(c, source)

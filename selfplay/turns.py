@@ -160,8 +160,7 @@ def longest_prompts(tok, seeds, cot, attack_tokens, unsafe_tokens=None):
 
 def complete(model, tok, turns, cot, max_new, temperature, batch, generator=None,
              rollout="auto"):
-    """Sample turns that have prompts -> with ids, logps, thinking, answer and well_formed. rollout:
-    the way, see sampling.sample()."""
+    """Sample turns -> with ids, logps, thinking, answer, well_formed. rollout: see sample()."""
     prompts, out = [turn.prompt_ids for turn in turns], []
     pairs = sample(model, tok, prompts, max_new, temperature, batch, generator, rollout=rollout)
     for turn, (ids, logps) in zip(turns, pairs):
