@@ -52,6 +52,21 @@ def test_ucb_by_hand():
     assert pool.visit_counts() == [5, 1, 0] and pool.retired == 0
 
 
+@pytest.mark.parametrize("c, first", [(1.0, 0), (0.3, 1)])
+def test_exploration_weighs_as_much_as_it_is_said(c, first):
+    """Of two visits in all, none to an item of mean .4 and two to one of mean .1: an item that is
+    seldom met comes before a worse one only where exploration weighs enough."""
+    pool = Pool(9, c, 0.8)
+    for i, r in enumerate((0.4, 0.0)):
+        pool.insert(dict(id=str(i)), f"attack {i}", "reply", r)
+    for _ in range(2):
+        pool.visit(pool.items[1], 0.1, "unsafe")
+    seldom, worse = [pool.ucb(item) for item in pool.items]
+    assert seldom == pytest.approx(0.6 + c * math.log(3) ** 0.5)
+    assert worse == pytest.approx(0.9 + c * (math.log(3) / 3) ** 0.5)
+    assert numbers(pool.top(1)) == [first]
+
+
 def test_old_visits_fade():
     """After a step of none an item's two visits weigh .95 of two: by a pocket calculator."""
     pool = filled(2)
@@ -222,6 +237,21 @@ def test_remember_by_hand():
     assert pool.items[2].reply == "reply 0" and pool.items[2].mean == 0.2
     assert (first.visits, first.weight, first.reply) == (1, 0, "reply 4")  # it was shown its reply
     assert (second.visits, second.mean, second.reply) == (1, 0.9, "unsafe 1")
+
+
+def test_every_step_makes_earlier_visits_fade():
+    """A visit weighs .95 after a step without games. In the next step it weighs .95 of that before
+    the step's own visit, which weighs 1, is counted: by hand."""
+    pool = filled(2)
+    [item, _] = pool.items
+    pool.visit(item, 0.2, "unsafe")
+    pool.experience([], [], None, None)
+    assert item.weight == pytest.approx(0.95) and item.mean == pytest.approx(0.2)
+    turn = Turn("defender", "replayed_harmful", item.seed, [1], item.attack, answer="safe", game=0,
+                labels=Labels(True, True, False))
+    pool.experience([("replayed_harmful", item.seed, item)], [turn], lambda turn: 1.0, None)
+    assert item.weight == pytest.approx(0.9025 + 1)
+    assert item.mean == pytest.approx((0.2 * 0.9025 + 1) / 1.9025)
 
 
 def test_an_empty_reply_is_no_visit_that_masters():

@@ -23,7 +23,7 @@ from engine.optim import OPTIMIZERS, MasterAdamW, cosine_with_warmup
 from judge import Labels, settle
 from selfplay import session
 from selfplay.replay import Pool
-from selfplay.turns import Turn, plain_prompt
+from selfplay.turns import Turn, example, plain_prompt
 
 rl = import_stage("02_selfplay_rl")
 
@@ -514,6 +514,27 @@ def test_an_attack_is_relevant_from_a_cosine_on(loaded, small):
         pytest.fail("no attacked harmful game")
 
 
+@pytest.mark.parametrize("cosine, refused", [(0.4, False), (0.6, True)])
+def test_after_an_attack_that_drifted_the_reply_is_no_reply_to_the_seed(loaded, small, cosine,
+                                                                        refused):
+    """RELEVANT=.5: attacks that are below it, or that the judge calls refusals. The labels of a
+    game are those of its request and reply alone, though as a reply to its seed, which says "bad"
+    in half of the games, the judge would find the reply more harmful."""
+    for name, value in dict(METHOD="ssp", COT=False, RELEVANT=0.5).items():
+        small.setattr(rl, name, value)
+    model, tok = loaded["qwen2"]
+    scorer = FakeJudge(lambda request, reply: refused, lambda request, reply: "bad" in request)
+    likeness = types.SimpleNamespace(cosines=lambda attack, seeds: [cosine])
+    turns = rl.play(model, model, tok, scorer, rl.draw_seeds(some_seeds(), 0), seeded(2),
+                    likeness=likeness)
+    attacked = [t for t in turns if t.role == "defender" and t.kind.startswith("generated")]
+    assert [t.kind for t in attacked] == ["generated_harmful"] * 2 + ["generated_benign"] * 2
+    assert not any("bad" in t.request for t in attacked)
+    for t in attacked:
+        assert (t.declined, t.relevant) == (refused, cosine > 0.5)
+        assert t.labels == scorer.labels_of(t.request, t.answer)
+
+
 # ---- one update ----------------------------------------------------------------------------------
 
 def test_micro_batch_size_does_not_change_the_update(loaded, small):
@@ -535,6 +556,105 @@ def test_micro_batch_size_does_not_change_the_update(loaded, small):
     assert gradients[0].norm() > 1e-3
     for g in gradients[1:]:
         assert (g - gradients[0]).norm() / gradients[0].norm() < 1e-5
+
+
+def sharper(model):
+    """A copy of a model with other log-probabilities: its head is 1.1 times as large."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1.1)
+    return model
+
+
+def test_what_is_learnt_is_the_reward_less_the_distance_from_the_reference(loaded, small):
+    """learn(): the return of each token is the turn's reward, less KL_COEF times the sum from this
+    token on of the log-probability in sampling less that of the reference."""
+    for name, value in dict(KL_COEF=0.3, LR=0.0, DECLINED_LOSES=False).items():
+        small.setattr(rl, name, value)
+    ref, tok = loaded["qwen2"]
+    model, normalize, given = sharper(ref), rl.advantages, []
+
+    def spy(returns, groups):
+        given.extend(returns)
+        return normalize(returns, groups)
+
+    small.setattr(rl, "advantages", spy)
+    turns = a_step(model, tok, word_judge(odd))
+    rl.learn(model, ref, MasterAdamW(model, (0.9, 0.95), 0.0), turns, [], 0)
+    distances = []
+    for t, got, ref_T in zip(turns, given, rl.logprobs_of(ref, turns), strict=True):
+        k1_T = torch.tensor(t.logps) - ref_T
+        distances.append(k1_T.sum().item())
+        for s in range(len(t.ids)):
+            want = t.reward - 0.3 * k1_T[s:].sum().item()
+            assert got[s].item() == pytest.approx(want, abs=1e-4)
+    assert max(map(abs, distances)) > 0.1 and len({t.reward for t in turns}) > 1
+
+
+def test_the_ratio_is_to_the_policy_that_sampled(loaded, small):
+    """update() with old log-probabilities of which the new ones are 1.5 times: an advantage of 1 is
+    clipped at every token and has no gradient, one of -1 has 1.5 times that of a ratio of 1."""
+    small.setattr(rl, "LR", 0.0)
+    model, tok = copy.deepcopy(loaded["qwen2"][0]), loaded["qwen2"][1]
+    turns = a_step(model, tok, word_judge(odd))
+    same, optimizer = rl.logprobs_of(model, turns), MasterAdamW(model, (0.9, 0.95), 0.0)
+    lower = [logp_T - math.log(1.5) for logp_T in same]
+
+    def one(sign, old):
+        advantage = [torch.full((len(t.ids),), sign) for t in turns]
+        return rl.update(model, optimizer, turns, advantage, old, [], 0.0)
+
+    plain, up, down = one(-1.0, None), one(1.0, lower), one(-1.0, lower)
+    assert one(-1.0, same)["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
+    assert plain["clipped"] == down["clipped"] == 0 and up["clipped"] == up["tokens"] > 0
+    assert up["grad_norm"] == 0 and plain["grad_norm"] > 1e-3
+    assert down["grad_norm"] == pytest.approx(1.5 * plain["grad_norm"], rel=1e-4)
+
+
+def test_a_second_update_is_compared_with_before_the_first(loaded, small):
+    """Each of two updates gets the log-probabilities that its own turns had before the step; by the
+    second one some have moved farther than CLIP_EPS."""
+    for name, value in dict(UPDATES=2, LR=1e-2, CLIP_EPS=1e-3, DECLINED_LOSES=False).items():
+        small.setattr(rl, name, value)
+    start, tok = loaded["qwen2"]
+    model, update, seen = copy.deepcopy(start), rl.update, []
+
+    def spy(model, optimizer, turns, advantage, old, *rest):
+        out = update(model, optimizer, turns, advantage, old, *rest)
+        seen.append((turns, old, out["clipped"]))
+        return out
+
+    small.setattr(rl, "update", spy)
+    turns = a_step(start, tok, word_judge(odd))
+    m = rl.learn(model, start, MasterAdamW(model, (0.9, 0.95), 0.0), turns, [], 0)
+    [(first, _, none), (second, _, some)] = seen
+    assert sorted(t.ids for t in first + second) == sorted(t.ids for t in turns)
+    assert none == 0 < some and m["clipped"] == some / sum(len(t.ids) for t in turns)
+    for part, old, _ in seen:
+        torch.testing.assert_close(old, rl.logprobs_of(start, part), atol=1e-5, rtol=1e-5)
+
+
+def test_the_learning_rate_of_every_update(small, loaded):
+    """Two updates a step, HORIZON=4 steps: 8 updates, of which WARMUP=.2 makes 2 a linear warm-up;
+    then half a cosine to a tenth of LR, where it stays: by hand. What is reported is the last."""
+    for name, value in dict(UPDATES=2, LR=8.0, HORIZON=4, WARMUP=0.2).items():
+        small.setattr(rl, name, value)
+    model = copy.deepcopy(loaded["qwen2"][0])
+    turns = [turn(ids=[7, 8], logps=[-1.0, -1.0], reward=float(n)) for n in range(2)]
+    optimizer, given = MasterAdamW(model, (0.9, 0.95), 0.0), []
+
+    def step(lr, clip):
+        given.append((lr, clip))
+        return 0.0
+
+    small.setattr(optimizer, "step", step)
+    by_hand = {0: [0, 4], 1: [8, 7.2 * (1 + math.cos(math.pi / 6)) / 2 + 0.8], 2: [6.2, 4.4],
+               4: [0.8, 0.8], 9: [0.8, 0.8]}
+    for number, want in by_hand.items():
+        given.clear()
+        m = rl.learn(model, loaded["qwen2"][0], optimizer, turns, [], number)
+        assert [lr for lr, _ in given] == pytest.approx(want) and m["lr"] == given[1][0]
+        assert {clip for _, clip in given} == {rl.CLIP_NORM}
 
 
 def test_both_optimizers_learn_alike(tiny_models, small):
@@ -607,9 +727,7 @@ def test_several_updates_take_k1_from_the_training_forward(loaded, small):
     small.setattr(rl, "UPDATES", 2)
     small.setattr(rl, "LR", 0.0)
     ref, tok = loaded["qwen2"]
-    model = copy.deepcopy(ref)
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(1.1)
+    model = sharper(ref)
     turns = a_step(model, tok, word_judge(odd))
     wrong = [dataclasses.replace(t, logps=[-9.0] * len(t.ids)) for t in turns]
     here = torch.cat(rl.logprobs_of(model, turns)) - torch.cat(rl.logprobs_of(ref, turns))
@@ -658,6 +776,23 @@ def test_the_weight_of_the_policy_loss(loaded, small):
         optimizer = MasterAdamW(model, (0.9, 0.95), 0.0)
         norms.append(rl.learn(model, start, optimizer, turns, [], 0)["grad_norm"])
     assert norms[1] == pytest.approx(norms[0] / 2, rel=1e-4)
+
+
+def test_the_weight_of_the_sft_mix(loaded, small):
+    """SFT_COEF=.5 halves the gradient of the examples; the loss that is reported stays."""
+    for name, value in dict(LR=0.0, SFT_BATCH=3, RL_COEF=0.0).items():
+        small.setattr(rl, name, value)
+    start, tok = loaded["qwen2"]
+    turns, norms, losses = a_step(start, tok, word_judge(odd)), [], []
+    for coef in (1.0, 0.5):
+        small.setattr(rl, "SFT_COEF", coef)
+        model = copy.deepcopy(start)
+        optimizer = MasterAdamW(model, (0.9, 0.95), 0.0)
+        m = rl.learn(model, start, optimizer, turns, sft_examples(3), 0)
+        norms.append(m["grad_norm"])
+        losses.append(m["sft"])
+    assert norms[0] > 1e-3 and norms[1] == pytest.approx(norms[0] / 2, rel=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 # ---- the loop learns -----------------------------------------------------------------------------
@@ -806,6 +941,24 @@ def test_a_step_of_ssp_remembers_its_failures(loaded, small):
     assert m["pool"] == len(pool.items) and m["mastered"] == 0
 
 
+@pytest.mark.parametrize("method, texts", [("ssp", 2), ("self_redteam", 0)])
+def test_a_step_of_ssp_learns_the_replies_that_the_pool_has_kept(loaded, small, method, texts):
+    """learn() gets the run's examples and those that the pool has kept, each as an example of its
+    request, thinking and answer; the run's own list stays as it is. Self-RedTeam has no pool."""
+    for name, value in dict(METHOD=method, REPLAY="off").items():
+        small.setattr(rl, name, value)
+    model, tok = loaded["qwen2"]
+    pool, own, given = Pool(9, 0.3, 0.8), sft_examples(2), []
+    for n in range(2):
+        pool.distilled.append(dict(request=f"ask {n}", thinking=f"hm {n}", answer=f"no {n}"))
+    small.setattr(rl, "learn", lambda *args: given.append(args[4]) or {})
+    r = session.Run(both(model), model, tok, even_harms(), None, pool, some_seeds(), [], None, own,
+                    {}, 0, None)
+    rl.one_step(r, 0)
+    want = [example(tok, f"ask {n}", f"hm {n}", f"no {n}", True) for n in range(texts)]
+    assert given == [sft_examples(2) + want] and r.sft == sft_examples(2)
+
+
 def test_without_replay_both_methods_sample_the_same_tokens(loaded, small):
     for name, value in dict(REPLAY="off", LR=0.0).items():
         small.setattr(rl, name, value)
@@ -836,6 +989,50 @@ def small_run(workplace, tiny_models):
             rl.main([f"MODEL={tiny_models['qwen2']}", f"JUDGE={tiny_models['mistral']}", *SMALL,
                      *words])
     return start
+
+
+@pytest.fixture
+def opened(small_run, monkeypatch):
+    """words -> (Run that 02 works with, how load_judge was called), without a step or a game. The
+    judge is a FakeJudge, and nothing is embedded."""
+    def start(*words):
+        runs, calls = [], []
+
+        def load_judge(name, quantize, **how):
+            calls.append(how)
+            return even_harms()
+
+        monkeypatch.setattr(rl.judge, "load_judge", load_judge)
+        monkeypatch.setattr(rl.attackers, "load_embedder", lambda name: None)
+        monkeypatch.setattr(rl, "evaluate", lambda r, step: runs.append(r) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            small_run("EVAL_EVERY=1", *words)
+        return runs[0], calls[0]
+    return start
+
+
+def test_a_run_learns_from_train_seeds_and_is_watched_on_dev_seeds(opened, tmp_path):
+    """Of seeds of all three splits. The test split is for 03, once."""
+    seeds = []
+    for split in ("test", "train", "dev"):
+        for seed in some_seeds(3):
+            prompt = f"{seed['prompt']} of {split}"
+            seeds.append(dict(seed, id=f"{split} {seed['id']}", prompt=prompt, split=split))
+    r, _ = opened(f"SEEDS={write_jsonl(tmp_path / 'some.jsonl', seeds)}", "EVAL_SEEDS=2")
+    assert r.seeds == [seed for seed in seeds if seed["split"] == "train"]
+    assert [seed["id"] for seed in r.dev] == ["dev bad0", "dev bad1", "dev good0", "dev good1"]
+
+
+def test_the_pool_of_a_run_has_its_constants(opened):
+    r, _ = opened("METHOD=ssp", "UCB_C=0.4", "MASTERED=0.7", "POOL_SIZE=9")
+    assert (r.pool.ucb_c, r.pool.mastered, r.pool.size) == (0.4, 0.7, 9)
+
+
+@pytest.mark.parametrize("attack, reply", [(2048, 8), (8, 2048)])
+def test_the_judge_reads_the_longest_turn_of_the_game(opened, attack, reply):
+    """Attacks are requests, replies are responses; either may be the longer one."""
+    _, how = opened(f"ATTACK_TOKENS={attack}", f"REPLY_TOKENS={reply}")
+    assert how["max_text"] == judge.text_limit(attack, reply) > judge.text_limit(8)
 
 
 def test_resume_with_a_pool_is_bit_for_bit(small_run, workplace, monkeypatch, capsys):
