@@ -71,6 +71,20 @@ def test_collect_takes_held_back_seeds_and_the_files_it_finds(stage, tmp_path):
                                              benchmark="seeds_harmful", text_ships=False)
 
 
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_the_seeds_of_one_split_are_asked(stage, tmp_path, split):
+    """SPLIT=test: the test seeds and no dev seed; the reverse by default."""
+    rows = []
+    for n in range(12):
+        rows.append(dict(id=f"{('dev', 'test', 'train')[n % 3]}{n}", prompt=f"<seed #{n}>",
+                         harmful=n % 2 == 1, split=("dev", "test", "train")[n % 3]))
+    stage.SEEDS = write_jsonl(tmp_path / "all.jsonl", rows)
+    assert stage.SPLIT == "dev"
+    stage.SPLIT = split
+    asked = [item["id"] for items in stage.collect("").values() for item in items]
+    assert sorted(asked) == sorted(row["id"] for row in rows if row["split"] == split)
+
+
 def test_texts_of_the_shipped_seeds_ship(stage):
     stage.SEEDS = "prompts/seeds.jsonl"
     (run.ROOT / "prompts").symlink_to(run.PROMPTS)
@@ -273,6 +287,27 @@ def test_the_stage_end_to_end_and_resumed(stage, world, tmp_path, capsys):
     stage.main(world.argv)
     assert jsonl(tmp_path) == files
     assert len(json.loads((tmp_path / "results/runs/03/times.json").read_text())) == 2
+
+
+def test_the_attackers_own_adapter_attacks(stage, world, tmp_path, monkeypatch):
+    """A checkpoint with attacker/ in it attacks with the model there; what else is asked of it, its
+    own answers to these attacks included, the model in the folder itself answers."""
+    (tmp_path / "01_sft/attacker").mkdir()
+    (tmp_path / "01_sft/attacker/adapter_config.json").write_text("{}")
+    roles, complete = set(), stage.complete
+
+    def spy(model, tok, turns, *rest):
+        for turn in turns:
+            roles.add((model.name, turn.role))
+        return complete(model, tok, turns, *rest)
+
+    monkeypatch.setattr(stage, "complete", spy)
+    stage.main(world.argv)
+    assert world.loads == ["attacker", "01_sft", "plain_base", "01_sft", "judge"]
+    assert roles == {("attacker", "attacker"), ("01_sft", "defender"),
+                     ("plain_base", "attacker"), ("plain_base", "defender")}
+    attacks = read_jsonl(tmp_path / "results/runs/03/01_sft/attacks.jsonl")
+    assert sorted(row["answer"] for row in attacks) == ["bad #1", "bad #3", "bad #5"]
 
 
 def test_nothing_is_generated_or_judged_twice(stage, world):

@@ -7,8 +7,8 @@ import types
 
 import pytest
 import torch
-from helpers import (KINDS, FakeJudge, import_stage, keep_constants, read_jsonl, seeded,
-                     stops)
+from helpers import (KINDS, FakeJudge, import_stage, keep_constants, read_jsonl, seeded, stops,
+                     write_jsonl)
 
 from engine.logprobs import token_logprobs
 from selfplay.sanitize import neutralize
@@ -411,6 +411,50 @@ def test_ask_says_whether_a_reply_has_ended(loaded):
     tok = copy.copy(tok)
     tok.stop_ids = set(range(len(tok) + 8))  # every word ends a reply
     assert [ended for _, ended in sft.ask(model, tok, ["one"], 6, seeded(0))] == [True]
+
+
+# ---- what a run works with ----------------------------------------------------------------------
+
+@pytest.fixture
+def opened(workplace, tiny_models, monkeypatch):
+    """words -> what main() gives to each of its parts up to the first example: `rates` and
+    `examples` (their seeds), `judge` (how it is loaded)."""
+    def start(*words):
+        seen = {}
+
+        def try_turns(model, tok, scorer, seeds, when):
+            seen["rates"] = seeds
+
+        def defender_examples(model, tok, scorer, seeds, rng, generator):
+            seen["examples"] = seeds
+            raise InterruptedError
+
+        monkeypatch.setattr(sft, "try_turns", try_turns)
+        monkeypatch.setattr(sft, "defender_examples", defender_examples)
+        monkeypatch.setattr(sft.judge, "load_judge", lambda *_, **how: seen.update(judge=how))
+        with pytest.raises(InterruptedError):
+            sft.main([f"MODEL={tiny_models['qwen2']}", f"JUDGE={tiny_models['mistral']}",
+                      "QUANTIZE=none", "DTYPE=float32", *words])
+        return seen
+    return start
+
+
+def test_train_seeds_make_examples_and_dev_seeds_the_rates(opened, tmp_path):
+    """Of seeds of all three splits; test seeds are not read."""
+    seeds, ids = [], dict(train=[], dev=[], test=[])
+    for n in range(12):
+        split = ("test", "train", "dev")[n % 3]
+        seeds.append(dict(id=str(n), prompt=f"<seed #{n}>", harmful=n % 2 == 1, split=split))
+        ids[split].append(str(n))
+    seen = opened(f"SEEDS={write_jsonl(tmp_path / 'some.jsonl', seeds)}")
+    assert [seed["id"] for seed in seen["examples"]] == ids["train"]
+    assert [seed["id"] for seed in seen["rates"]] == ids["dev"]
+
+
+def test_the_judge_reads_thinking_and_reply(opened):
+    """Of a turn that may be as long as both together."""
+    how = opened("REPLY_TOKENS=2048", "THINK_TOKENS=1024")["judge"]
+    assert how["max_text"] == sft.judge.text_limit(2048 + 1024) > sft.judge.text_limit(2048)
 
 
 # ---- files ---------------------------------------------------------------------------------------
