@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from engine import adapters, merge, models
 from engine.logprobs import token_logprobs
 from engine.optim import MasterAdamW
+from selfplay import session
 from selfplay.turns import Turn
 
 IDS = torch.arange(3, 19)[None]
@@ -334,6 +335,30 @@ def test_an_adapter_for_each_role(chain, workplace, capsys):
     (folders[0] / "attacker" / adapters.WEIGHTS).write_bytes(b"x")
     assert models.fingerprint(str(folders[0])) != before
     assert "LORA_RANK" in stops(rl, "LORA_RANK=0", "RUN=c", *words)
+
+
+@pytest.mark.parametrize("kind", ["per_role", "shared"])
+def test_whose_adapter_lies_where(workplace, tiny_models, monkeypatch, kind):
+    """A checkpoint of 02 has the defender's adapter in the folder itself and, with
+    ADAPTERS=per_role alone, the attacker's in attacker/: bit for bit those of the policy."""
+    monkeypatch.setattr(session.monitor, "write_curves", lambda *_: None)
+    base, tok = models.load_model(tiny_models["llama"], "float32")
+    defender, attacker = with_lora(base), with_lora(base, noise=0.2)
+    defender.base_name = attacker.base_name = tiny_models["llama"]
+    r = session.Run(dict(attacker=attacker, defender=defender), base, tok, None, None, None, [], [],
+                    None, [], {}, 0, workplace)
+    scope = dict(vars(import_stage("02_selfplay_rl")), ADAPTERS=kind, RUN="x")
+    session.save(scope, r, 3, {})
+    folder = workplace / "checkpoints" / "x" / "step_000003"
+    places = dict(defender=folder)
+    if kind == "per_role":
+        places["attacker"] = folder / "attacker"
+    assert (folder / "attacker").exists() == ("attacker" in places)
+    for role, place in places.items():
+        kept, _ = models.load_model(str(place), "float32")
+        kept, want = kept.get_adapter_state_dict(), r.policy[role].get_adapter_state_dict()
+        assert kept.keys() == want.keys()
+        assert all(torch.equal(kept[name], want[name]) for name in want)
 
 
 def test_only_its_own_turns_move_an_adapter(loaded):

@@ -121,12 +121,24 @@ def test_scaling_counts_real_and_padded_tokens(printed):
     assert overall == pytest.approx((a * small + b * large) / (small + large), abs=0.006)
 
 
-def test_a_step_of_an_adapter(common, tiny_models, tmp_path):
-    """LORA_RANK reaches our side: it ends in its ratio too."""
+def test_a_step_of_an_adapter(common, tiny_models, tmp_path, monkeypatch):
+    """LORA_RANK reaches our side: the optimizer gets a model of which two matrices of this rank
+    learn beside each weight that the adapter is for, and nothing else. It ends in its ratio too."""
+    learning = []
+
+    class Recorder(optim.MasterAdamW):
+        def __init__(self, model, *rest):
+            super().__init__(model, *rest)
+            learning.append({n: p.shape for n, p in model.named_parameters() if p.requires_grad})
+
+    monkeypatch.setattr(optim, "MasterAdamW", Recorder)
     peer = stub(tmp_path, prompt=9, version="0")
     lines = said_by("step", f"MODEL={tiny_models['qwen2']}", *SMALL, *FEW, "MICRO_ROWS=2",
                     f"PEER_PYTHON={peer}", "WARM_UP=1", "LORA_RANK=4").splitlines()
     check_rows("step", lines)
+    [shapes] = learning
+    assert len(shapes) == 2 * 7 * 2  # seven linear weights in each of two layers
+    assert all("lora_" in name and min(shape) == 4 for name, shape in shapes.items())
 
 
 def check_rows(name, lines):

@@ -742,6 +742,28 @@ def test_a_few_prompts_do_not_keep_a_rate(claims):
     assert wrong <= 4  # .135 of them by a bootstrap alone
 
 
+def test_an_interval_has_95_of_100_samples(claims):
+    """Samples 0, 1, ... 1,000 in any order: 25 and 975, exactly, whatever the claim. Where all are
+    alike, what 30 prompts leave open is added on either side: 1 - .025^(1/30)."""
+    samples, claim = numpy.arange(1001.0), types.SimpleNamespace(better=-1, kept=False)
+    numpy.random.default_rng(0).shuffle(samples)
+    got = claims.verdicts.summary(samples, 500.0, claim, 30, .5)
+    assert (got["low"], got["high"]) == (pytest.approx(25, abs=1e-9), pytest.approx(975, abs=1e-9))
+    got = claims.verdicts.summary(numpy.zeros(9), 0.0, claim, 30, .5)
+    assert got["high"] == -got["low"] == pytest.approx(1 - .025 ** (1 / 30))
+
+
+def test_the_interval_of_a_change_of_rates(claims):
+    """12 of 60 prompts fell and none rose: of a bootstrap sample a number with the binomial
+    distribution B(60, .2) fell, whose points of 2.5 and 97.5 % are 6 and 18."""
+    assert list(stats.binom.ppf([.025, .05, .95, .975], 60, .2)) == [6, 7, 17, 18]
+    claim = types.SimpleNamespace(better=-1, kept=False)
+    old = pandas.DataFrame(dict(x=[1.0] * 12 + [0.0] * 48))
+    got = claims.verdicts.compare([old * 0], [old], claim)
+    assert got["change"] == pytest.approx(-12 / 60)
+    assert (got["low"], got["high"]) == (pytest.approx(-18 / 60), pytest.approx(-6 / 60))
+
+
 def test_the_sign_of_a_gain(claims):
     def sign(value, p, better, kept):
         claim = types.SimpleNamespace(better=better, kept=kept)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 
@@ -32,6 +33,19 @@ def test_interval_is_close_to_the_normal_one():
     assert r["low"] == pytest.approx(0.2365, abs=0.015)
     assert r["high"] == pytest.approx(0.3635, abs=0.015)
     assert scores.rate([True] * 60 + [False] * 140) == r  # seeded
+
+
+def test_interval_leaves_a_fortieth_of_the_samples_on_either_side():
+    """Of 1,000 bootstrap means of 30 numbers, no two of which are alike, 25 are below and 25 above;
+    the ends lie as far between their neighbours as numpy's linear rule says."""
+    values = numpy.sqrt(numpy.arange(1, 31))
+    means = sorted(scores.resample(values, scores.RESAMPLES))
+    assert len(set(means)) == 1000
+    r = scores.mean_interval(values)
+    # place .025 * 999 = 24.975, and as far from the other end
+    assert r["low"] == pytest.approx(0.025 * means[24] + 0.975 * means[25], abs=1e-9)
+    assert r["high"] == pytest.approx(0.975 * means[974] + 0.025 * means[975], abs=1e-9)
+    assert sum(x < r["low"] for x in means) == sum(x > r["high"] for x in means) == 25
 
 
 def test_interval_of_two_prompts_by_hand():
