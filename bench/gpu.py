@@ -7,16 +7,20 @@
 No weights are needed: models have random ones, in the published shapes. Checks: each prints one
 line with what it measured; one that fails is said, and the others go on. A step: the recipes'
 LoRA of rank 32 on bfloat16 weights (SHAPES=7B-nf4: on NF4), a judge of WildGuard's shape in NF4,
-ROWS replies and half as many attacks of TOKENS tokens. What would not end in time or not fit is cut
-in tokens and rows, and said; "whole" is what the uncut step would take at the measured rates. The
-floor of a token step is its bytes over the card's bandwidth (engine/cost.py).
+ROWS replies and half as many attacks of TOKENS tokens, UPDATES updates with checkpointing, as in
+--gpu80. What would not end in time or not fit is cut in tokens and rows, and said; "whole" is what
+the uncut step would take at the measured rates. The floor of a token step is its bytes over the
+card's bandwidth (engine/cost.py).
 
-Writes results/reference/gpu_<card>.json (on a CPU: results/runs/gpu_cpu.json)."""
+The checks and each shape run in a process of their own, so that one that hangs or breaks the device
+costs its own time alone. Each adds what it knows, phase by phase, to
+results/reference/gpu_<card>.json (on a CPU: results/runs/gpu_cpu.json)."""
 import copy
 import dataclasses
 import gc
 import json
 import re
+import subprocess
 import sys
 import time
 import types
@@ -40,7 +44,9 @@ ROWS = 128                # replies of a step; attacks: half as many
 TOKENS = 2048             # of a turn
 PROMPT = 300              # tokens of a prompt
 RANK = 32                 # of the adapter
-TRAIN_TOKENS = 4096       # of a micro-batch of what learns
+TRAIN_TOKENS = 16384      # of a micro-batch of what learns
+UPDATES = 6               # optimizer steps of a step
+PART = ""                 # "checks" or one of SHAPES: that alone, in this process
 SEED = 0                  # of weights and prompts
 # ==================================================================================================
 # layers, hidden, inner, heads, heads of keys and values, vocabulary, tied head
@@ -78,12 +84,12 @@ def pack(model):
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, torch.nn.Linear) and layer is not head:
+                # on meta: it would else draw weights that nobody needs
                 new = bnb.nn.Linear4bit(layer.in_features, layer.out_features,
                                         layer.bias is not None, compute_dtype=torch.bfloat16,
-                                        quant_type="nf4", device="cpu")
-                weight = layer.weight.data.to("cpu")
-                new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4",
-                                               compress_statistics=False)
+                                        quant_type="nf4", device="meta")
+                new.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False,
+                                               quant_type="nf4", compress_statistics=False)
                 new.bias = layer.bias
                 new.support_avx512bf16_for_cpu = False
                 setattr(parent, name, new.to(device))
@@ -139,8 +145,11 @@ def check_attention():
 
 def check_rollouts():
     """Slots with graphs, slots without, the plain way and the library: the same distribution as in
-    training; slots and the plain way draw the same numbers: in float32 nearly all tokens agree."""
+    training; slots and the plain way draw the same numbers: in float32 nearly all tokens agree.
+    Rows end at different times, so slots are filled again beside others that go on, and when fewer
+    are left, there is another graph."""
     model, out, captured = make_model(CONFIGS["tiny"], torch.float32), {}, []
+    tok = types.SimpleNamespace(stop_ids=set(range(0, model.config.vocab_size, 25)))
     prompts, real = random_prompts(model, 24, 40), slots.Slots.capture
 
     def capture(s, b):
@@ -156,16 +165,17 @@ def check_rollouts():
                                ("slots without graphs", "slots", without),
                                ("library", "library", capture)):
         with mock.patch.object(slots.Slots, "capture", instead):
-            pairs = sampling.sample(model, NO_STOP, prompts, 64, 1.0, 8,
+            pairs = sampling.sample(model, tok, prompts, 64, 1.0, 8,
                                     torch.Generator().manual_seed(SEED), rollout=way)
         mean, most = gap(model, prompts, pairs)
         want = want or pairs
         equal = sum(a[0] == b[0] for a, b in zip(want, pairs)) / len(pairs)
         out[name] = dict(mean_gap=mean, largest_gap=most, rows_as_plain=equal)
         require(most < 1e-3, out)
-    out["graphs"] = len(captured)
+    out["graphs"], lengths = len(captured), {len(ids) for ids, _ in want}
+    require(len(lengths) > 5, f"rows end together: {lengths}")
     require(out["slots"]["rows_as_plain"] > 0.9, out)
-    require(captured or models.device().type == "cpu", "no CUDA graph was captured")
+    require(len(captured) > 1 or models.device().type == "cpu", f"{len(captured)} CUDA graphs")
     return out
 
 
@@ -279,16 +289,18 @@ def timed_rollout(model, rows, budget):
     tokens = max(short, min(TOKENS, int((budget - again) / each)))
     done = []
     spent = common.seconds(lambda: done.extend(work(tokens)))
-    token_step = max(spent - first, 1e-9) / max(1, tokens - short)
+    token_step = (spent - first) / (tokens - short) if tokens > 2 * short else each
     return prompts, done, dict(rows=rows, tokens=tokens, seconds=spent, token_step_s=token_step,
                                whole_s=spent + token_step * (TOKENS - tokens))
 
 
-def time_step(name, card, budget):
-    """A step of a shape, by phase -> dict. budget: seconds."""
+def time_step(name, card, budget, keep):
+    """A step of a shape, by phase -> dict. budget: seconds. keep: called after each phase with what
+    is known. A judge or an update that fails does not take the rollouts along."""
     began, nf4 = time.time(), name.endswith("-nf4")
     free()
-    judge = make_model(CONFIGS["tiny"] if "tiny" in name else JUDGE, nf4=True)
+    judge_of = CONFIGS["tiny"] if "tiny" in name else JUDGE
+    judge = attempt(lambda: dict(model=make_model(judge_of, nf4=True)))
     ref = make_model(CONFIGS[name.removesuffix("-nf4")], nf4=nf4)
     model = adapters.twin(ref)
     adapters.choose_weights(model, RANK, 2 * RANK, SEED)
@@ -301,30 +313,42 @@ def time_step(name, card, budget):
         out[role]["peak_gb"] = run.peak_gb()
         if card:
             context = rows * (PROMPT + out[role]["tokens"] / 2) * memory.kv_bytes(shape, 2)
-            floor = (memory.weight_bytes(shape, 2, nf4)[0] + context) / (card.bandwidth * 1e12)
-            out[role]["floor_s"] = floor
+            read = memory.weight_bytes(shape, 2, nf4)[0]
+            if not ref.config.tie_word_embeddings:  # of the embedding a row a token
+                read -= 2 * shape.vocab * shape.hidden
+            out[role]["floor_s"] = (read + context) / (card.bandwidth * 1e12)
         for prompt, (ids, logps) in zip(prompts, pairs):
             turns.append(Turn(role, "generated_harmful", {}, prompt, ids=ids, logps=logps,
                               reward=(-1.0) ** len(turns)))
+        keep(out)
     free()
+    out["judge"] = judge if "failed" in judge else attempt(time_judge, judge["model"])
+    keep(out)
+    free()
+    out["learn"] = attempt(time_learning, model, ref, turns, budget - (time.time() - began))
+    return out
+
+
+def time_judge(judge):
+    """A judge's pass over many tokens."""
     tokens = 8192 if models.device().type == "cuda" else 512
     ids = torch.tensor(random_prompts(judge, tokens // 256, 256), device=models.device())
     with torch.no_grad():
         spent = min(common.repeat(lambda: judge.base_model(input_ids=ids), 3))
-    out["judge"] = dict(tokens=tokens, seconds=spent, peak_gb=run.peak_gb())
-    free()
-    out["learn"] = time_learning(model, ref, turns, budget - (time.time() - began))
-    return out
+    return dict(tokens=tokens, seconds=spent, peak_gb=run.peak_gb())
 
 
 def time_learning(model, ref, turns, budget):
     """Reference and update by 02's learn(), on as many of the turns as end in the budget."""
-    stage = common.stage("02_selfplay_rl.py", f"TRAIN_TOKENS={TRAIN_TOKENS}", "SFT_COEF=0")
+    stage = common.stage("02_selfplay_rl.py", f"TRAIN_TOKENS={TRAIN_TOKENS}", "SFT_COEF=0",
+                         f"UPDATES={UPDATES}")
     models.checkpoint_gradients(model)
     optimizer = OPTIMIZERS["master"](model, (0.9, 0.95), 0.0)
 
+    metrics = {}
+
     def work(some):
-        stage["learn"](model, ref, optimizer, some, [], 0)
+        metrics.update(stage["learn"](model, ref, optimizer, some, [], 0))
     few = turns[:2] + turns[-2:]
     work(few)
     each = common.seconds(lambda: work(few)) / len(few)
@@ -334,8 +358,10 @@ def time_learning(model, ref, turns, budget):
     spent = common.seconds(lambda: work(some))
     tokens = sum(len(t.prompt_ids) + len(t.ids) for t in some)
     whole = len(turns) * (PROMPT + TOKENS)
+    # kl: the adapter is new, so policy and reference are equal at first; gap: sampled against learnt
     return dict(turns=count, tokens=tokens, seconds=spent, tokens_a_second=tokens / spent,
-                whole_s=whole * spent / tokens, peak_gb=run.peak_gb())
+                whole_s=whole * spent / tokens, peak_gb=run.peak_gb(), checkpointing=True,
+                kl=metrics["kl"], gap=metrics["gap"])
 
 
 def attempt(work, *args):
@@ -358,30 +384,68 @@ def main(argv):
     for name in names:
         if name.removesuffix("-nf4") not in CONFIGS:
             die(f"SHAPES: {name!r} is none of {', '.join(CONFIGS)}")
-    began, found = time.time(), cost.find_card(memory.free_bytes()[1])
+    if PART not in ("", "checks", *names):
+        die(f"PART={PART}: neither checks nor one of SHAPES")
     gpu = torch.cuda.is_available()
     label = re.sub(r"\W+", "_", torch.cuda.get_device_name().lower()) if gpu else "cpu"
     file = RESULTS / ("reference" if gpu else "runs") / f"gpu_{label}.json"
+    if PART:
+        do_part(file)
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     common.head(f"random weights, seed {SEED}; at most {MINUTES} minutes")
     report = dict(meta=run.make_meta(globals(), ""), checks={}, steps={})
-
-    def note(part, name, result):
-        """Write what is known so far: a run that is cut keeps it."""
-        report[part][name], report["seconds"] = result, time.time() - began
-        run.write_text(file, json.dumps(report, indent=1))
-        print(f"{name}: {json.dumps(result)}", flush=True)
-
-    for name, check in CHECKS.items():
-        note("checks", name, attempt(check))
-    for k, name in enumerate(names):
+    run.write_text(file, json.dumps(report, indent=1))
+    began, parts, failed = time.time(), ["checks", *names], []
+    for k, part in enumerate(parts):
         left = 60 * MINUTES - (time.time() - began)
-        each = left / (len(names) - k)
-        note("steps", name, attempt(time_step, name, found and found[1], each))
-    failed = [name for name, x in {**report["checks"], **report["steps"]}.items() if "failed" in x]
+        each = left / (len(parts) - k)  # what a part leaves, the others get
+        words = [*argv, f"PART={part}", f"MINUTES={each / 60:.2f}"]
+        try:
+            code = subprocess.run([sys.executable, __file__, *words], timeout=each).returncode
+            why = "" if code in (0, 1) else f"ended with {code}"
+        except subprocess.TimeoutExpired:
+            why = f"cut after {each:.0f} s"
+        report = run.read_json(file)
+        if why:
+            here = report if part == "checks" else report["steps"].setdefault(part, {})
+            here["failed"] = why
+        report["seconds"] = time.time() - began
+        run.write_text(file, json.dumps(report, indent=1))
+    failed = failures(report)
     print(f"wrote {run.short(file)}, {report['seconds']:.0f} s; "
           f"failed: {', '.join(failed) or 'nothing'}")
     sys.exit(bool(failed))
+
+
+def do_part(file):
+    """The checks, or a step of one shape: what it finds goes into the file at once."""
+    began, found = time.time(), cost.find_card(memory.free_bytes()[1])
+    report = run.read_json(file, checks=dict, steps=dict)
+
+    def keep(part, name, result):
+        report[part][name] = result
+        run.write_text(file, json.dumps(report, indent=1))
+
+    for name, check in CHECKS.items() if PART == "checks" else ():
+        keep("checks", name, attempt(check))
+        print(f"{name}: {json.dumps(report['checks'][name])}", flush=True)
+    if PART != "checks":
+        budget = 0.85 * 60 * MINUTES - (time.time() - began)  # the rest: imports, and what is late
+        out = attempt(time_step, PART, found and found[1], budget,
+                      lambda known: keep("steps", PART, known))
+        keep("steps", PART, {**report["steps"].get(PART, {}), **out})
+        print(f"{PART}: {json.dumps(report['steps'][PART])}", flush=True)
+
+
+def failures(report):
+    """Names of what failed, e.g. "nf4", "7B judge"."""
+    out = ["checks"] if "failed" in report else []
+    for name, found in {**report["checks"], **report["steps"]}.items():
+        out += [name] if "failed" in found else []
+        for phase, x in found.items():
+            out += [f"{name} {phase}"] if isinstance(x, dict) and "failed" in x else []
+    return out
 
 
 if __name__ == "__main__":
