@@ -6,11 +6,12 @@
 
 ours            engine.sampling: exact, keeps the log-probabilities, rows that have ended leave
 slots           ours with rollout="slots": a row that has ended makes room for the next prompt
-generate        HF generate, dynamic cache; the ratio is against it, at the first of BATCHES
+generate        HF generate, dynamic cache
 static          HF generate, static cache (compiled on CUDA, as transformers does by itself)
 generate_batch  transformers' continuous batching, by the manager that generate_batch wraps (itself
                 it takes one length for all requests); its cache has room for the whole batch
 
+The ratio is of the fastest of the last three to ours, at the first of BATCHES.
 All draw from softmax(logits) over the whole vocabulary at temperature 1; tokens count up to and
 with EOS. Lengths are forced by a countdown: ids at the end of the vocabulary mean "n tokens to
 come", a prompt ends in its length, and the logits after "n to come" are made to give "n - 1 to
@@ -245,7 +246,9 @@ def main(argv):
         medians |= common.table(results, f"ours, batch {batch}", "tokens")
     print(f"{time.time() - began:.0f} s in all")
     first = batches[0]
-    common.ratio("sample", medians[f"generate, batch {first}"], medians[f"ours, batch {first}"])
+    theirs = [name for name in names if name not in ("ours", "slots")]
+    fastest = min(medians.get(f"{name}, batch {first}", float("inf")) for name in theirs)
+    common.ratio("sample", fastest, medians[f"ours, batch {first}"])
 
 
 if __name__ == "__main__":
