@@ -163,6 +163,15 @@ def test_the_ratio_is_peer_over_ours(printed):
     assert 3 / (ours + 0.0006) - 0.006 <= said <= 3 / max(1e-9, ours - 0.0006) + 0.006
 
 
+def test_the_ratio_of_rollouts_is_of_the_fastest_peer(printed):
+    """Our own other way, slots, is no peer."""
+    took = dict(re.findall(r"^(\w+), batch 4\s+([\d.]+) s", "\n".join(printed["sample"]),
+                           re.MULTILINE))
+    peers, ours = (float(took["generate"]), float(took["static"])), float(took["ours"])
+    said = float(printed["sample"][-1].split()[-1])
+    assert said == pytest.approx(min(peers) / ours, abs=0.01 + 0.002 * said / ours)
+
+
 def test_both_forms_give_the_same_log_probabilities(printed):
     """float32, so the two means agree to the digits that are printed, or the last one."""
     means = re.findall(r"mean log-probability (-[\d.]+)", "\n".join(printed["logprobs"]))
