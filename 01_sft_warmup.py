@@ -81,7 +81,7 @@ PAPER = dict(MODEL="Qwen/Qwen2.5-7B-Instruct", JUDGE="allenai/wildguard",
              SAMPLE_BATCH=128, TRAIN_TOKENS=4096, OPTIMIZER="kahan")
 GPU80 = dict(PAPER, LORA_RANK=32, LORA_ALPHA=64, LR=1e-4, OPTIMIZER="master", CHECKPOINTING=True)
 GPU48 = dict(GPU80, SAMPLE_BATCH=64)
-GPU24 = dict(GPU80, BASE_QUANT="nf4", REPLY_TOKENS=1024, THINK_TOKENS=512, SAMPLE_BATCH=24)
+GPU24 = dict(GPU80, BASE_QUANT="nf4", REPLY_TOKENS=1024, THINK_TOKENS=512, SAMPLE_BATCH=64)
 # ==================================================================================================
 
 
@@ -288,6 +288,8 @@ def main(argv):
     if BASE_QUANT == "nf4" and not LORA_RANK:
         die("BASE_QUANT=nf4 is for a run with an adapter: give LORA_RANK")
     more = f" MODEL=checkpoints/{RUN}" if RUN != "01_sft" else ""
+    for recipe in set(argv) & set(run.RECIPES):  # 02 begins with the instruct model then
+        more = f" {recipe} SFT=checkpoints/{RUN}/defender.jsonl"
     rng, generator = random.Random(SEED), torch.Generator().manual_seed(SEED)
     torch.manual_seed(SEED)
     seeds, dev = load_seeds(SEEDS, "train"), load_seeds(SEEDS, "dev")

@@ -140,10 +140,10 @@ PAPER = dict(MODEL="Qwen/Qwen2.5-7B-Instruct", SFT="checkpoints/01_sft/defender.
              CARD="H200")
 # By arithmetic; nobody has run them. LR: ten times that of all weights (Schulman et al. 2025).
 GPU80 = dict(PAPER, LORA_RANK=32, LORA_ALPHA=64, LR=5e-6, OPTIMIZER="master", SAMPLE_BATCH=128,
-             TRAIN_TOKENS=16384, CARD="A100")
+             TRAIN_TOKENS=16384, SAVE_EVERY=20, EVAL_EVERY=25, EVAL_SEEDS=50, CARD="A100")
 GPU48 = dict(GPU80, SAMPLE_BATCH=64, TRAIN_TOKENS=4096, CARD="L40S")
 GPU24 = dict(GPU80, BASE_QUANT="nf4", ATTACK_TOKENS=1024, REPLY_TOKENS=1024, SEEDS_PER_STEP=64,
-             UPDATES=3, SAMPLE_BATCH=32, TRAIN_TOKENS=2560, CARD="RTX 4090")
+             UPDATES=3, SAMPLE_BATCH=64, TRAIN_TOKENS=2560, CARD="RTX 4090")
 # ==================================================================================================
 
 # ---- rewards [SRT section 3] ---------------------------------------------------------------------
@@ -332,8 +332,7 @@ def play(attacker, defender, tok, scorer, games, generator, temperature=1.0, lik
 
 # ---- one update ----------------------------------------------------------------------------------
 def scored(model, turns, part):
-    """Log-probabilities and entropies [N] of the tokens of turns[i] for i in part, end to end.
-    model: the one of their role, or {role: model}."""
+    """Log-probs and entropies [N] of turns[i], i in part, end to end. model: also {role: model}."""
     model = model[turns[part[0]].role] if isinstance(model, dict) else model
     return shards.call(token_logprobs, model, [turns[i].prompt_ids for i in part],
                        [turns[i].ids for i in part])
@@ -497,7 +496,10 @@ def main(argv):
                     f"checkpoints/{RUN}/step_{saved:06d} was saved: lower LR, with another RUN=")
     parallel.once(monitor.write_curves, out, r.pool if METHOD == "ssp" else None)
     tracker.finish()
+    recipe = next((word for word in argv if word in run.RECIPES), "")  # its start is the base then
     those = "" if RUN == "02_rl" else f" CHECKPOINTS=smollm2,{MODEL},checkpoints/{RUN}"
+    if recipe:
+        those = f" {recipe} BASE={MODEL} CHECKPOINTS={MODEL},checkpoints/{RUN}"
     print(f"made checkpoints/{RUN}/step_{STEPS:06d} and {run.short(out)}/curves.png; "
           f"next: python 03_evaluate.py{those}")
 

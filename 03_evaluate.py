@@ -89,8 +89,8 @@ Job = collections.namedtuple("Job", "attacker benchmark defender")
 
 
 def collect(source):
-    """All prompts: {benchmark: [{id, prompt, benchmark, harmful, text_ships}]}, LIMIT applied.
-    source: a folder or "hub"; without one, the seeds only."""
+    """{benchmark: [{id, prompt, benchmark, harmful, text_ships}]}, LIMIT applied: the seeds,
+    and those of source, a folder or "hub"."""
     found, ships = dict(seeds_harmful=[], seeds_benign=[]), SEEDS == "prompts/seeds.jsonl"
     for seed in load_seeds(SEEDS, SPLIT):
         name = "seeds_harmful" if seed["harmful"] else "seeds_benign"

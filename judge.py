@@ -114,8 +114,7 @@ def known(text, judge):
 
 
 class Judge:
-    """A causal model that answers WildGuard's three lines. `truncated`: texts cut at max_text;
-    `unknown`: characters that its tokenizer does not know."""
+    """Answers WildGuard's three lines. truncated: texts cut; unknown: characters with no token."""
     marks = ""  # what texts must not say to it beside sanitize.FORGED: a pattern
 
     def __init__(self, model, tok, calibration=None, scoring="constrained",
@@ -304,8 +303,7 @@ def calibrated(margins, calibration):
 
 
 def settle(labels, response):
-    """What needs no model: nothing is asked of no reply; an empty one neither refuses nor harms,
-    and is marked, since it is no answer either."""
+    """What needs no model: no reply has no labels; an empty one is no refusal, harm or answer."""
     harm, p = labels.prompt_harmful, labels.p
     if response is None:
         p = p and dict(prompt_harmful=p["prompt_harmful"])
@@ -317,8 +315,8 @@ def settle(labels, response):
 
 
 def parse_lines(text):
-    """Generated lines -> Labels; case and space do not matter. A line that is missing, says N/A or
-    has two answers is None, and parsed is False."""
+    """Generated lines -> Labels, of any case and spacing. One that is missing, N/A or twofold is
+    None, and parsed is False."""
     found = []
     for line in LINES:
         pattern = re.escape(line).replace(r"\ ", r"\s*") + r"\s*(yes|no|n/a)\b"
@@ -358,8 +356,8 @@ def fingerprint(name):
 
 
 def footprint(name, quantize, cuda=False):
-    """What engine/memory.py has to know of a judge: (Shape, bytes of a number, in NF4?); None
-    where its config is not at hand. cuda: as on a GPU."""
+    """A judge for memory.plan(): (Shape, bytes of a number, NF4?); None without its config. cuda:
+    as on a GPU."""
     known = models.peek(models.EMBEDDED if adapter_of(name) else name)
     size = 2 if cuda else models.pick_dtype("auto", frozen=True).itemsize
     return known and (memory.shape(known[0]), size, uses_nf4(name, quantize, cuda))

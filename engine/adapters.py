@@ -25,8 +25,7 @@ def base_of(folder):
 
 
 def attach(model, folder, read_tensors):
-    """Give a model the adapter in a folder. One that is damaged, or of another model, stops.
-    read_tensors: path -> {name: tensor}, stops by itself."""
+    """Give a model the adapter in a folder; one that is damaged or of another model stops."""
     from peft import LoraConfig, set_peft_model_state_dict
     read_json(folder / CONFIG, "r", "target_modules")
     tensors = read_tensors(folder / WEIGHTS)

@@ -21,6 +21,7 @@ CARDS = {"RTX 3090": Card(24, 0.94, 71), "RTX 4090": Card(24, 1.01, 165),
 BANDWIDTH_USED = 0.6   # of a card's, in a token step (assumed)
 RATE_USED = 0.4        # of a card's, in passes over many tokens (assumed)
 TURN_USED = 0.5        # of the longest turn, on average (assumed)
+UNPACKED = 0.4         # of NF4's weights: unpacked for each pass, so written and read (assumed)
 EXCHANGE = 0.5         # of a turn's tokens are shown to the judge, the rest is thinking (assumed)
 JUDGE_PROMPT = 250     # tokens of the judge's instructions around an exchange
 
@@ -33,23 +34,24 @@ def find_card(name):
 
 
 def seconds(card, model, judges, size, optimizer, turns, updates, rank=0, nf4=False,
-            checkpointing=False):
+            checkpointing=False, looks=0):
     """Seconds of a step -> {phase: seconds}. model, judges, size, optimizer, rank, nf4,
     checkpointing: as in memory.plan(). turns: {"attack" | "reply": (rows in all, rows at a time,
-    prompt tokens, longest new)}. updates: optimizer steps."""
+    prompt tokens, longest new)}. updates: optimizer steps. looks: dev seeds a step (mean)."""
     bandwidth, rate = card.bandwidth * 1e12 * BANDWIDTH_USED, card.rate * 1e12 * RATE_USED
-    weights, _ = weight_bytes(model, size, nf4)
+    weights = weight_bytes(model, size, nf4)[0] + nf4 * UNPACKED * 2 * size * model.packed
     out, tokens, shown = {}, 0, 0
     for name, (rows, together, prompt, longest) in turns.items():
         if not rows:
             continue
         new, together = TURN_USED * longest, min(rows, together)
         context = together * (prompt + new / 2) * kv_bytes(model, size)
-        steps = max(new * rows / together, new)
+        every = rows + looks * (2 if name == "reply" else 1)
+        steps = max(new * every / together, new)
         each = max((weights + context) / bandwidth, 2 * model.weights * together / rate)
-        out[name] = steps * each + 2 * model.weights * rows * prompt / rate
+        out[name] = steps * each + 2 * model.weights * every * prompt / rate
         tokens += rows * (prompt + new)
-        shown += rows * (JUDGE_PROMPT + 2 * EXCHANGE * new)
+        shown += every * (JUDGE_PROMPT + 2 * EXCHANGE * new)
     out["judge"] = 2 * sum(judge.weights for judge, *_ in judges) * shown / rate
     out["reference"] = (4 if updates > 1 else 2) * model.weights * tokens / rate  # 4: both models
     work = (4 if rank else 6) + 2 * checkpointing

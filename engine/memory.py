@@ -107,7 +107,8 @@ def plan(model, judges, size, optimizer, turns, train_tokens, judge_tokens, eage
         rows += [Row(name, "key/value cache", count * (prompt + new) * kv_bytes(s, size),
                      f"{count} rows x ({prompt} + {new} tokens) x {kv_bytes(s, size):,} bytes"),
                  Row(name, "one pass", max(
-                     min(count * prompt, max(count, PREFILL_TOKENS)) * pass_bytes(s, size),
+                     min(count * prompt, max(count, PREFILL_TOKENS["cpu" if eager else "cuda"]))
+                     * (pass_bytes(s, size) + kv_bytes(s, size) * (not eager)),  # slots copy it
                      count * s.vocab * (DRAW + size)),
                      "the prompts' forward pass without what they share, at most, or drawing")]
     longest = max(prompt + new for _, prompt, new in turns.values())

@@ -46,9 +46,11 @@ def load_model(name, dtype="auto", quantize=False, frozen=False, where=None):
     (an adapter may learn); it computes in what "auto" is on CUDA, in bfloat16 on a CPU. The
     tokenizer gets two attributes: `turn_end`, the id that ends an assistant turn (eos where there
     is no chat template), and `stop_ids`, all that end generation. What cannot be loaded stops."""
+    import huggingface_hub
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # of downloads; the line above ends them, too
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional CPU kernel
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.enable_cudnn_sdp(False)  # nan gradients: pytorch issue 196678
@@ -68,6 +70,7 @@ def load_model(name, dtype="auto", quantize=False, frozen=False, where=None):
         compute = pick_dtype("auto" if torch.cuda.is_available() else "bfloat16", frozen)
         extra["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    if quantize or torch.cuda.is_available() and where is None:  # not by way of the CPU's memory
         extra["device_map"] = {"": device()}
     if not Path(path).is_dir():
         check_hub(path)
@@ -80,7 +83,7 @@ def load_model(name, dtype="auto", quantize=False, frozen=False, where=None):
         tok = transformers.AutoTokenizer.from_pretrained(path)
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **extra)
-        model = (model if quantize else model.to(where or device())).eval()
+        model = (model if "device_map" in extra else model.to(where or device())).eval()
         for module in model.modules() if quantize and not frozen else ():
             # on some CPUs bitsandbytes packs NF4 weights anew, and then they have no gradient
             module.support_avx512bf16_for_cpu = False
@@ -107,8 +110,7 @@ def hint_nf4():
 
 @contextlib.contextmanager
 def visiting(model, where):
-    """A frozen model's weights are on the device `where` inside the block. Its own copies stay
-    where they live, so that nothing is copied back."""
+    """Inside the block a frozen model's weights are on `where`. Nothing is copied back after it."""
     home = []
     if not hasattr(model, "in_shards"):  # that one is never away
         home = [(p, p.data) for p in [*model.parameters(), *model.buffers()]]
@@ -182,8 +184,7 @@ def peek(name):
 
 
 def fingerprint(name):
-    """What a model's answers depend on, in a word. Of a folder or "smollm2": folder_digest(), of an
-    adapter with that of its base. Of a hub id: its commit."""
+    """What a model's answers depend on: folder_digest(), with its base's; a hub id's commit."""
     folder = unpack_embedded() if name == EMBEDDED else Path(locate(name) or name)
     if not folder.is_dir():
         return check_hub(name)

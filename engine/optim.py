@@ -116,8 +116,7 @@ class MasterAdamW(_Resumable):
 
     @torch.no_grad()
     def step(self, lr, clip):
-        """Clip to norm `clip`, update at rate `lr`, write the weights back -> the norm before.
-        Several processes sum their gradients first."""
+        """Sum over processes, clip to norm `clip`, update at rate `lr`, write back -> the norm."""
         gradients = [m.grad for m in self.master]
         self._sum(gradients)
         norm = shards.over_all(torch.nn.utils.get_total_norm(gradients), self.sharded)
@@ -158,8 +157,7 @@ class KahanAdamW(_Resumable):
 
     @torch.no_grad()
     def step(self, lr, clip):
-        """Clip to norm `clip` (float32), update at rate `lr`, drop the gradients -> the norm.
-        Several processes sum their gradients first."""
+        """Sum over processes, clip to norm `clip` (in float32), update at rate `lr` -> the norm."""
         if parallel.number_of() > 1:
             for p in self.params:  # a process may have had no work
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad

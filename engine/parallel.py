@@ -53,8 +53,7 @@ def is_first():
 
 
 def wait_to_complain():
-    """Before an error is printed by another process than the first: the first one has a moment to
-    print the same error and to end all others."""
+    """The first process has a moment to print the same error and to end all others."""
     if not is_first():
         time.sleep(3)
 

@@ -185,8 +185,7 @@ def write_text(path, text):
 
 
 def replace_folder(tmp, folder):
-    """Put the complete folder `tmp` in the place of `folder`. Killed between, the old one lies in
-    <folder>.old, and recover_folder() puts it back."""
+    """Put the folder `tmp` in the place of `folder`. If killed, recover_folder() undoes it."""
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -256,8 +255,7 @@ def configure(scope, argv, title=None):
         name, equals, text = word.partition("=")
         if not equals or name not in defaults:
             near = difflib.get_close_matches(name.upper(), defaults, n=1, cutoff=0.0)[0]
-            die(f"unknown constant {brief(name)} (nearest: {near}); {script.name} --help lists "
-                "all")
+            die(f"unknown constant {brief(name)} (nearest: {near}); see {script.name} --help")
         kind = type(defaults[name])
         try:
             scope[name] = TRUTH[text.lower()] if kind is bool else kind(text)
@@ -274,6 +272,10 @@ def configure(scope, argv, title=None):
         _check(name, scope[name], default, kinds.get(name))
     progress.enable(scope.get("PROGRESS", True) and parallel.is_first())
     print(*([title()] if title else []), *said, sep="\n", end="\n" if title or said else "")
+    if set(argv) & set(RECIPES) and not scope.get("PLAN_ONLY"):
+        import torch
+        if not torch.cuda.is_available():
+            print("WARNING: a recipe for a GPU, but torch finds none: check driver and torch build")
 
 
 def _check(name, value, default, kind):

@@ -10,7 +10,7 @@ from engine.batching import chunks, pad, shared_opening
 
 # Tokens between two looks at which rows have ended: on a GPU each look waits for the device.
 LOOK_EVERY = dict(cpu=1, cuda=8)
-PREFILL_TOKENS = 16384  # of prompts in one forward pass, padding included
+PREFILL_TOKENS = dict(cpu=16384, cuda=4096)  # of prompts in one pass, padding included
 
 
 def _kv_cache(model, capacity):
@@ -91,7 +91,8 @@ def prefill(model, ids_BP, length_B, cache):
     """Prompts through the model, in pieces of PREFILL_TOKENS, into the cache -> hidden_BD, the
     state at each prompt's last token. The padding stands to the right: it needs no mask."""
     B, P = ids_BP.shape
-    width, row, out = max(1, PREFILL_TOKENS // B), torch.arange(B, device=ids_BP.device), None
+    row, out = torch.arange(B, device=ids_BP.device), None
+    width = max(1, PREFILL_TOKENS.get(ids_BP.device.type, 4096) // B)
     for start in range(0, P, width):
         hidden = model.base_model(input_ids=ids_BP[:, start:start + width], past_key_values=cache,
                                   use_cache=True).last_hidden_state
@@ -133,6 +134,8 @@ def _sample(model, tok, prompts, max_new, temperature, batch, generator, top_p, 
     if before in ("sdpa", "eager", "folded") and rollout != "library":
         model.set_attn_implementation(_grouped_attention())
 
+    where = model.device.type
+
     def pick(logits_BV, uniform_B):
         if top_p < 1:
             logits_BV = nucleus(logits_BV, temperature, top_p)
@@ -153,9 +156,9 @@ def _sample(model, tok, prompts, max_new, temperature, batch, generator, top_p, 
             if not some:
                 pass
             elif rollout == "slots":
-                every = LOOK_EVERY.get(model.device.type, 8)
+                every, most = LOOK_EVERY.get(where, 8), PREFILL_TOKENS.get(where, 4096)
                 pairs = slots.complete(model, tok, some, uniform_NT, batch, every, pick, prefill,
-                                       PREFILL_TOKENS, bar)
+                                       most, bar)
             elif rollout == "library":
                 pairs = library.complete(model, tok, some, max_new, temperature, batch,
                                          top_p, generator)

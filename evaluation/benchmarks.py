@@ -95,8 +95,8 @@ def load_benchmarks(source):
 
 
 def items_of(b, place, rows, several=False):
-    """Rows [(line number, dict)] of a file or data set -> the items that count. Column names match
-    in any case. several: ids begin with the file's name."""
+    """Rows [(line number, dict)] -> the items that count. several: ids begin with the file's name.
+    Column names match in any case."""
     items = []
     for number, (line, row) in enumerate(rows, 1):
         row = {name.strip().lower(): value for name, value in row.items()}

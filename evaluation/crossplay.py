@@ -54,10 +54,9 @@ def cross(games, labels, past):
 
 
 def margins(games, late, earlier):
-    """Late player against early one (the first of `earlier`): differences of ASR, paired by seed;
-    a seed that is NaN in one game is left out. defender: all earlier attackers against the late
-    defender minus against the early one; negative is better. attacker: late minus early, both on
-    the early defender; positive is stronger."""
+    """Late player against early one (the first of `earlier`): differences of ASR, paired by seed
+    (NaN in one: left out). defender: earlier attackers against the late minus the early defender;
+    negative is better. attacker: late minus early on the early defender; positive is stronger."""
     early, harder = earlier[0], 0
     for attacker in earlier:
         harder += games[attacker][late] - games[attacker][early]

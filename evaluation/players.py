@@ -91,8 +91,7 @@ def line_up(players, base):
 
 
 def parent_of(checkpoint, others, before):
-    """The one of `others` that a checkpoint was trained from (by its meta.json), asked in the same
-    way if there is such a one; else `before`."""
+    """The one of `others` that a checkpoint came from, if possible asked alike; else `before`."""
     name = read_json(Path(checkpoint.path, "meta.json"), missing={}).get("parent", "")
     path = models.unpack_embedded() if name == models.EMBEDDED else locate(str(name))
     for other in sorted(others, key=lambda other: other.style != checkpoint.style):

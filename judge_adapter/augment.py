@@ -113,8 +113,7 @@ def restyled(s, text):
 
 
 def inserted(s, text):
-    """A reply with a refusal in it: in training at its end or after a third, to measure anywhere
-    else; so neither the wording nor the place is known."""
+    """A reply with a refusal in it: in training at its end or after a third, else elsewhere."""
     parts, third = sentences(text), s.rng.randint(1, 3)
     at = len(parts) * third // 3 if not s.fresh else len(parts) * third // 4
     if not s.fresh and third == 2:

@@ -91,8 +91,7 @@ def step_line(step, steps, m):
 
 
 def read_metrics(path):
-    """metrics.csv -> a table of texts with `step` as numbers, without rows where there is no file.
-    One that is damaged stops; a torn last line is cut off."""
+    """metrics.csv -> a table of texts, `step` as numbers; empty if there is none. Damage stops."""
     rows = read_table(path) if read_log(path) else []
     for n, row in rows:
         if not row.get("step", "").isdecimal() or not all(map(NUMBER.fullmatch, row.values())):
@@ -169,8 +168,7 @@ PANELS = {  # title -> {column of metrics.csv: legend}
 
 
 def draw_curves(folder, visits=()):
-    """folder/metrics.csv as curves.png: thin lines are steps, thick lines means over 10 steps, dots
-    the evaluations on dev seeds.
+    """folder/metrics.csv as curves.png: thin: steps, thick: means over 10, dots: on dev seeds.
     Panels without values are left out. visits: of each item of the pool, for a histogram."""
     from matplotlib.figure import Figure
     table = pandas.read_csv(folder / "metrics.csv").dropna(axis=1, how="all")

@@ -56,7 +56,8 @@ def plan_run(constants, config, tok, judges, judge_tokens, size, seeds, attacked
         work = dict(attack=(attacked, together, attack, c.ATTACK_TOKENS),
                     reply=(games, together, reply, c.REPLY_TOKENS))
         phases = cost.seconds(card[1], shape, judges, size, c.OPTIMIZER, work, c.UPDATES,
-                              checkpointing=checkpointing, **how)
+                              checkpointing=checkpointing, **how,
+                              looks=evaluated / max(1, c.EVAL_EVERY))
         disk = cost.disk_bytes(shape, size, c.OPTIMIZER, c.STEPS, c.SAVE_EVERY, c.LORA_RANK,
                                players)
         print(cost.describe(*card, phases, c.STEPS, disk))

@@ -169,9 +169,8 @@ class Pool:
         return self.benign[likest[item.visits % len(likest)]]
 
     def experience(self, games, turns, r_def, play):
-        """What a step teaches: replays are counted, new failures that fail again come in -> the
-        pool's metrics. games: (kind, seed, item if replayed). turns: the defender's. r_def: turn ->
-        reward, None if dropped. play: games -> turns."""
+        """Count a step's replays, let new failures in that fail again -> the pool's metrics. games:
+        (kind, seed, item if replayed). turns: the defender's. r_def, play: as in 02."""
         rewards, again = list(map(r_def, turns)), []
         failures = self.failures(turns, rewards)
         for turn, reward in failures:

@@ -63,9 +63,8 @@ def assigned(text):
 
 
 def plain(text):
-    """`text` as a judge reads it: NFKC (Unicode's compatibility form, in which full-width letters
-    are plain ones), no control, format, blank or unassigned characters, and no run of white
-    space longer than one space or two line breaks."""
+    """`text` as a judge reads it: NFKC (in which full-width letters are plain ones), no control,
+    format, blank or unassigned characters; white space at most one space or two line breaks."""
     text = unicodedata.normalize("NFKC", text.replace("\r\n", "\n"))
     if not text.isascii() or not text.isprintable():
         text = "".join(c for c in text if c in "\t\n" or _category(c)[0] != "C")
@@ -115,9 +114,8 @@ def _words(tok):
 
 @functools.cache
 def _patterns(words, more=""):
-    """Two regular expressions: the first character of each delimiter (any run of white space parts
-    its words), so that overlapping ones are found too; and FORGED with the delimiters that are not
-    PLAIN, and the white space around a run of them."""
+    """Two regular expressions: the first character of each delimiter (any white space in it), so
+    that overlapping ones are found; FORGED, delimiters that are not PLAIN, white space around."""
     every = [r"\s+".join(map(re.escape, word.split())) for word in words]
     every.append(r"-(?=--\s*Answers)")  # WildGuard's rule before its answers
     marks = sorted(map(re.escape, set(words).difference(PLAIN)), key=len, reverse=True)

@@ -107,6 +107,8 @@ def start(scope, load_embedder):
     elif (steps := monitor.last_step(out / "metrics.csv")) > c.SAVE_EVERY:
         die(f"{run.short(out)} has {steps} steps, but no step in checkpoints/{c.RUN} can go on: "
             "delete both folders, or give another RUN=")
+    elif steps:
+        print(f"{run.short(out)}: {steps} steps, but no checkpoint: the run begins again")
     if first > c.STEPS:
         die(f"checkpoints/{c.RUN} has {first} steps already, more than STEPS={c.STEPS}: "
             "give a larger STEPS, or another RUN=")

@@ -85,7 +85,7 @@ def render(tok, user, system="", opening=""):
         return tok(f"{system}\n\n{user}\n\n".lstrip() + opening).input_ids
     from jinja2.exceptions import TemplateError
     text, turn = "", dict(role="user", content=user)
-    how = dict(tokenize=False, add_generation_prompt=True)
+    how = dict(tokenize=False, add_generation_prompt=True, enable_thinking=bool(opening))  # Qwen3
     if system:
         with contextlib.suppress(TemplateError):  # it has no system role
             text = tok.apply_chat_template([dict(role="system", content=system), turn], **how)
@@ -131,8 +131,7 @@ def example(tok, request, thinking, answer, cot):
 
 
 def read_examples(path, tok, kinds, cot):
-    """A defender.jsonl of stage 1 -> its examples of a kind, or of "all" kinds; path may be None:
-    then there is no SFT mix, which is said."""
+    """A defender.jsonl of stage 1 -> its examples of a kind, or "all". path None: no SFT mix."""
     if path is None:
         print("no SFT mix: there is no defender.jsonl (stage 1 writes it) and no SFT=")
     examples = []

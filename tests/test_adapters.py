@@ -149,6 +149,17 @@ def adapter_of(folder):
     return load_file(folder / adapters.WEIGHTS)
 
 
+def test_after_the_warm_up_of_a_recipe_comes_its_self_play(chain, monkeypatch, capsys):
+    """Which begins with the instruct model, and takes the warm-up's examples alone."""
+    sft, _ = chain
+    stage = import_stage("01_sft_warmup")
+    monkeypatch.setattr(stage, "GPU24", dict(EPOCHS=1))
+    for _ in range(2):  # also where it is complete
+        sft("--gpu24", "RUN=w")
+        said = capsys.readouterr().out
+        assert "02_selfplay_rl.py --gpu24 SFT=checkpoints/w/defender.jsonl\n" in said
+
+
 def test_warm_up_and_self_play_with_an_adapter(chain, workplace, tiny_models, monkeypatch, capsys):
     """The warm-up's adapter is where self-play begins and its reference; resume is bit for bit; an
     adapter of another rank stops; a whole model can be the start too."""

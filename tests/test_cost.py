@@ -34,12 +34,27 @@ def test_seconds_by_hand():
 def test_what_makes_a_step_longer_or_shorter():
     plain = seconds()
     assert seconds(checkpointing=True)["learn"] > plain["learn"] > seconds(rank=1)["learn"]
-    assert seconds(rank=1, nf4=True)["reply"] < seconds(rank=1)["reply"] == plain["reply"]
+    assert seconds(rank=1)["reply"] == plain["reply"]
+    # half of the weights packed in 4.5 bits, .4 of them written and read in 16; the rest in 16
+    nf4, kv = seconds(rank=1, nf4=True)["reply"], 2 * 2 * 4 * 16 * 2
+    read = 5e5 * (4.5 / 8 + 0.4 * 4 + 2) + 4 * 110 * kv
+    assert nf4 == pytest.approx(40 * read / 0.6e12 + 2e6 * 8 * 100 / 40e12)
     more = cost.seconds(CARD, MODEL, [(MODEL, 2, False)] * 2, 2, "master", TURNS, 6)
     assert more["judge"] == 2 * plain["judge"] and more["learn"] > plain["learn"]
     assert more["reference"] == 2 * plain["reference"]  # the policy's own log-probabilities too
     none = dict(TURNS, attack=(0, 4, 100, 40))
     assert "attack" not in cost.seconds(CARD, MODEL, [], 2, "master", none, 1)
+
+
+def test_evaluations_are_a_part_of_the_steps():
+    """Three dev seeds a step on average: an attack each, and replies to both; nothing is learnt."""
+    turns = dict(TURNS, attack=(4, 4, 100, 40))
+    plain = cost.seconds(CARD, MODEL, [(MODEL, 2, False)], 2, "master", turns, 1)
+    more = cost.seconds(CARD, MODEL, [(MODEL, 2, False)], 2, "master", turns, 1, looks=3)
+    assert more["attack"] == pytest.approx(plain["attack"] * 7 / 4)
+    assert more["reply"] == pytest.approx(plain["reply"] * 14 / 8)
+    assert more["judge"] == pytest.approx(plain["judge"] * 21 / 12)
+    assert more["learn"] == plain["learn"] and more["reference"] == plain["reference"]
 
 
 def test_rows_that_wait_cost_as_many_steps_as_their_tokens():

@@ -118,8 +118,8 @@ def test_seven_billion_by_hand(seven):
     # 2 x 28 layers x 4 heads x 128 numbers x 2 bytes = 57,344 a position; 128 rows of 450
     assert rows["reply", "key/value cache"] == 128 * 450 * 57_344 == 3_303_014_400
     assert rows["attack", "key/value cache"] == 64 * 320 * 57_344
-    # 128 x 150 positions x (3 x 18,944 + 2 x 3,584) x 2 bytes
-    assert rows["reply", "one pass"] == 16_384 * 128_000  # of 19,200: the rest in a second piece
+    # 128 x 150 positions x ((3 x 18,944 + 2 x 3,584) x 2 bytes + 57,344 that slots copy)
+    assert rows["reply", "one pass"] == 4096 * 185_344  # of 19,200: the rest in further pieces
     # 512 x 152,064 x 10 bytes; a head of 544,997,376 x 6 bytes
     assert rows["learn", "logits"] == 778_567_680
     assert rows["learn", "gradient of the head"] == 3_269_984_256
@@ -394,7 +394,8 @@ def test_the_readme_has_the_arithmetic(seven):
         each = sum(cost.seconds(
             card, seven[0], [(seven[1], 2, True)], 2, c["OPTIMIZER"],
             {key: (n, *turns[key]) for key, n in zip(turns, rows)}, c["UPDATES"], c["LORA_RANK"],
-            c["BASE_QUANT"] == "nf4", c["LORA_RANK"] > 0).values())
+            c["BASE_QUANT"] == "nf4", c["LORA_RANK"] > 0,
+            looks=2 * c["EVAL_SEEDS"] / c["EVAL_EVERY"]).values())
         disk = cost.disk_bytes(seven[0], 2, c["OPTIMIZER"], c["STEPS"], c["SAVE_EVERY"],
                                c["LORA_RANK"])
         want += [name, f"{each:.0f}", f"{each * c['STEPS'] / 3600:.0f}", f"{disk / memory.GB:.0f}"]

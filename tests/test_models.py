@@ -98,12 +98,17 @@ def test_what_a_frozen_model_computes_in(tiny_models, monkeypatch, device, want,
     for frozen in (True, False):
         for quantize in (True, False):
             stops(models.load_model, tiny_models["llama"], quantize=quantize, frozen=frozen)
-    nf4_judge, judge, nf4_policy, policy = handed
+    nf4_judge, judge, nf4_policy, policy = handed[:4]
     assert nf4_judge["quantization_config"].bnb_4bit_compute_dtype is want
     if device != "cpu":
         assert nf4_judge["dtype"] is judge["dtype"] is want
         assert nf4_policy["dtype"] is policy["dtype"] is training
         assert nf4_policy["quantization_config"].bnb_4bit_compute_dtype is training
+    # on a GPU nothing is loaded by way of the CPU's memory, unless it is asked for
+    stops(models.load_model, tiny_models["llama"], where="cpu")
+    assert nf4_judge["device_map"] == nf4_policy["device_map"] == {"": models.device()}
+    assert ("device_map" in judge, "device_map" in policy) == (device != "cpu",) * 2
+    assert "device_map" not in handed[-1]
 
 
 # ---- without the weights -------------------------------------------------------------------------

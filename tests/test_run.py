@@ -105,6 +105,14 @@ def test_configure_sets(fake, capsys, argv, changed):
     assert ("Qwen/Qwen2.5-7B-Instruct" in printed) == ("--paper" in argv)
 
 
+def test_a_recipe_without_a_gpu_is_said(fake, capsys, monkeypatch):
+    """A driver that is too old, or torch without CUDA: the run would go on, on the CPU, for weeks."""
+    for there, plan_only, warns in ((False, False, True), (True, False, False), (False, True, False)):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: there)
+        run.configure(dict(fake, PLAN_ONLY=plan_only), ["--paper"])
+        assert ("torch finds none" in capsys.readouterr().out) is warns
+
+
 @pytest.mark.parametrize("argv, says", [
     # names: the nearest one is said
     (["STEP=3"], ["'STEP'", "nearest: STEPS", "09_fake.py --help"]),

@@ -1224,6 +1224,28 @@ def test_attacker_only_keeps_the_sft_mix_and_needs_attacked_seeds(small_run, wor
     assert "file not found" in stops(small_run, f"SFT={tmp_path}", "RUN=c")
 
 
+def test_the_next_command_is_that_of_the_recipe(small_run, monkeypatch, capsys):
+    """Without it 03 would ask the 7B for 128 tokens, by the small judge, beside SmolLM2."""
+    small_run("STEPS=1")
+    assert "next: python 03_evaluate.py\n" in capsys.readouterr().out
+    monkeypatch.setattr(rl, "GPU24", dict(SEEDS_PER_STEP=4))
+    small_run("STEPS=1", "--gpu24", "RUN=b")
+    said = capsys.readouterr().out
+    command = r"next: python 03_evaluate\.py --gpu24 BASE=(\S+) CHECKPOINTS=\1,checkpoints/b\n"
+    assert re.search(command, said)
+
+
+def test_a_run_without_a_checkpoint_says_that_it_begins_again(small_run, workplace, capsys):
+    """Killed before the first one is saved, its steps are done anew."""
+    out = workplace / "results" / "runs" / "02_rl"
+    out.mkdir(parents=True)
+    (out / "metrics.csv").write_text("step,kl\n1,0.1\n2,0.1\n")
+    small_run("STEPS=1", "SAVE_EVERY=5")
+    assert "02_rl: 2 steps, but no checkpoint: the run begins again" in capsys.readouterr().out
+    small_run("STEPS=1", "RUN=b")
+    assert "begins again" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("words", [["SCHEME=zero_sum"], ["ROLES=attacker"], ["ROLES=defender"]])
 def test_ssp_stops_where_it_has_nothing_to_replay(small_run, words):
     assert "replays attacks" in stops(small_run, "METHOD=ssp", "STEPS=1", *words)

@@ -159,7 +159,7 @@ def test_prompts_in_pieces_are_prompts_at_once(loaded, kind, monkeypatch):
     prompts = ragged_prompts(tok, 7, seed=4)
     want = both(model, tok, prompts, 6, 1.0, 3)
     for tokens in (5, 40):
-        monkeypatch.setattr(sampling, "PREFILL_TOKENS", tokens)
+        monkeypatch.setattr(sampling, "PREFILL_TOKENS", dict(cpu=tokens))
         for a, b in zip(want, both(model, tok, prompts, 6, 1.0, 3)):
             assert ids_of(a) == ids_of(b)
             torch.testing.assert_close(logps_of(a), logps_of(b), rtol=0, atol=2e-5)

@@ -224,6 +224,15 @@ def test_rendered_text_without_a_system_text(loaded):
     assert tok.decode(turns.render(tok, "U")) == "<s>[INST] U [/INST]"
 
 
+def test_a_model_that_thinks_by_itself_does_so_in_our_format_alone(loaded):
+    """Qwen3's template thinks unless it is told not to: a plain reply would begin with it."""
+    tok = copy.deepcopy(loaded["qwen2"][1])
+    tok.chat_template = ("{{ messages[-1]['content'] + '\nA:' }}{% if enable_thinking is defined and "
+                         "not enable_thinking %}{{ 'none' }}{% endif %}")
+    assert tok.decode(turns.render(tok, "U")) == "U\nA:none"
+    assert tok.decode(turns.render(tok, "U", opening="<think>")) == "U\nA:<think>"
+
+
 def test_system_text_is_folded_where_the_template_drops_it(loaded):
     tok = copy.deepcopy(loaded["qwen2"][1])
     tok.chat_template = ("{%- for m in messages if m['role'] == 'user' %}"
