@@ -115,7 +115,7 @@ def known(text, judge):
 
 class Judge:
     """Answers WildGuard's three lines. truncated: texts cut; unknown: characters with no token."""
-    marks = ""  # what texts must not say to it beside sanitize.FORGED: a pattern
+    marks = ()  # what texts must not say to it beside sanitize.FORGED: patterns
 
     def __init__(self, model, tok, calibration=None, scoring="constrained",
                  judge_tokens=JUDGE_TOKENS, max_text=MAX_TEXT):

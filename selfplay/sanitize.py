@@ -38,8 +38,8 @@ FORGED = [  # what no text has to say to a judge, longest first; words only at t
     r"<\|start_header_id\|>" + ROLE + r"<\|end_header_id\|>", r"<\|im_start\|>" + ROLE,
     r"(?m:^)[ \t]*(?:Human\s+user|AI\s+assistant|Answers)\s*:"]
 # Labels of the rubric's prompt and of Llama Guard's template, which other judges do not have.
-SPEAKERS = (r"(?m:^)[ \t]*(?:Request|Reply|User|Agent|Assistant)\s*:|"
-            r"<\s?(?:BEGIN|END)[A-Z \n]{0,30}>|Answer with one digit from 1 to 5|"
+SPEAKERS = (r"(?m:^)[ \t]*(?:Request|Reply|User|Agent|Assistant)\s*:",
+            r"<\s?(?:BEGIN|END)[A-Z \n]{0,30}>", r"Answer with one digit from 1 to 5",
             r"ONLY THE LAST (?:User|Agent) message")
 PASSES = 8  # over a text at most: each looks for what the one before has put together
 
@@ -89,9 +89,9 @@ def neutralize(text, tok):
     return text
 
 
-def unforge(text, tok, more=""):
+def unforge(text, tok, more=()):
     """`text` without special tokens, chat markers, the judge's answer lines and role labels, and
-    what the pattern `more` finds. What stood around is joined by one space or line break."""
+    what the patterns `more` find. What stood around is joined by one space or line break."""
     _, pattern = _patterns(_words(tok), more)
     for _ in range(PASSES):
         rest = pattern.sub(lambda m: "\n" if "\n" in m[0] else " ", text)
@@ -113,12 +113,12 @@ def _words(tok):
 
 
 @functools.cache
-def _patterns(words, more=""):
+def _patterns(words, more=()):
     """Two regular expressions: the first character of each delimiter (any white space in it), so
     that overlapping ones are found; FORGED, delimiters that are not PLAIN, white space around."""
     every = [r"\s+".join(map(re.escape, word.split())) for word in words]
     every.append(r"-(?=--\s*Answers)")  # WildGuard's rule before its answers
     marks = sorted(map(re.escape, set(words).difference(PLAIN)), key=len, reverse=True)
-    forged = rf"(?<!\s)\s*(?:(?:{'|'.join(FORGED + [more] * bool(more) + marks)})\s*)+"
+    forged = rf"(?<!\s)\s*(?:(?:{'|'.join(FORGED + [*more] + marks)})\s*)+"
     first = rf"(?={'|'.join(every)})\S"
     return re.compile(first, re.IGNORECASE), re.compile(forged, re.IGNORECASE)

@@ -274,7 +274,7 @@ def test_what_a_tokenizer_does_not_know_is_replaced_and_counted():
             return Out
 
     class Reader:
-        tok, max_text, truncated, unknown, marks = Tok(), 100, 0, 0, ""
+        tok, max_text, truncated, unknown, marks = Tok(), 100, 0, 0, ()
 
     reader = Reader()
     assert judge.clean("a\u0416b\u4e2d\u0416c", reader) == "a b  c"
