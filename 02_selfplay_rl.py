@@ -496,9 +496,8 @@ def main(argv):
                     f"checkpoints/{RUN}/step_{saved:06d} was saved: lower LR, with another RUN=")
     parallel.once(monitor.write_curves, out, r.pool if METHOD == "ssp" else None)
     tracker.finish()
-    recipe = next((word for word in argv if word in run.RECIPES), "")  # its start is the base then
     those = "" if RUN == "02_rl" else f" CHECKPOINTS=smollm2,{MODEL},checkpoints/{RUN}"
-    if recipe:
+    for recipe in set(argv) & set(run.RECIPES):  # what it begins with is the base then
         those = f" {recipe} BASE={MODEL} CHECKPOINTS={MODEL},checkpoints/{RUN}"
     print(f"made checkpoints/{RUN}/step_{STEPS:06d} and {run.short(out)}/curves.png; "
           f"next: python 03_evaluate.py{those}")

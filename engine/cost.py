@@ -37,7 +37,7 @@ def seconds(card, model, judges, size, optimizer, turns, updates, rank=0, nf4=Fa
             checkpointing=False, looks=0):
     """Seconds of a step -> {phase: seconds}. model, judges, size, optimizer, rank, nf4,
     checkpointing: as in memory.plan(). turns: {"attack" | "reply": (rows in all, rows at a time,
-    prompt tokens, longest new)}. updates: optimizer steps. looks: dev seeds a step (mean)."""
+    prompt tokens, longest new)}. updates: optimizer steps. looks: evaluated seeds a step."""
     bandwidth, rate = card.bandwidth * 1e12 * BANDWIDTH_USED, card.rate * 1e12 * RATE_USED
     weights = weight_bytes(model, size, nf4)[0] + nf4 * UNPACKED * 2 * size * model.packed
     out, tokens, shown = {}, 0, 0

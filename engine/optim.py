@@ -13,7 +13,8 @@ master   AdamW on float32 copies of the weights. Gradients of micro-batches add 
 kahan    AdamW with Kahan summation (arXiv 2010.06192): the part of each update that rounding drops
          is kept and added later. With float32 weights it is plain AdamW. Its limits: a step under
          2^-17 of its weight is lost (1.2e-7 for a weight of .02). Gradients add up in bfloat16, so
-         keep an update under about a hundred micro-batches. Moments too: beta2 <= .95."""
+         keep an update under about a hundred micro-batches. Moments are bfloat16: enough for
+         beta2 = .95, too coarse for .999."""
 import math
 
 import torch

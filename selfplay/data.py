@@ -66,7 +66,7 @@ def _checked(path, rows, keys, types):
 
 
 def read_exchanges(path, *keys):
-    """JSONL with prompt, response, all `keys` -> list of dicts. A bad line stops, by its number."""
+    """JSONL with prompt, response and `keys` -> list of dicts. A bad line stops with its number."""
     if not Path(path).is_file():
         die(f"{path} not found")
     types = dict(LABELS, prompt=str, response=str | None)
