@@ -177,11 +177,10 @@ def file_command(name, arms):
                       "ATTACK=false")
 
 
-def response_evaluation(arms):
-    """The words that let the best responses to arms attack them."""
-    runs = ",".join(f"checkpoints/{run_of(f'response_{arm}')}" for arm in arms)
-    return evaluation(results("_response"), map(kept_at, arms), f"LIMIT={LIMIT}",
-                      f"CROSSPLAY={runs}")
+def response_evaluation(arm):
+    """The words that let an arm and the best response to it attack the arm."""
+    return evaluation(results(f"_exploit_{arm}"), [kept_at(arm)], f"LIMIT={LIMIT}",
+                      f"CROSSPLAY=checkpoints/{run_of(f'response_{arm}')}")
 
 
 def responses(arms):
@@ -208,9 +207,9 @@ def all_commands(arms):
     met = [arm for arm in SSP_ARMS if arm in arms]
     if len(met) > 1:
         out.append(file_command(results("_met"), met))
-    targets = responses(arms)
-    out += map(response_command, targets)
-    return out + ([response_evaluation(targets)] if targets else [])
+    for arm in responses(arms):
+        out += [response_command(arm), response_evaluation(arm)]
+    return out
 
 
 # ---- one arm -------------------------------------------------------------------------------------
@@ -418,14 +417,12 @@ def ask_met(arms, known):
 
 def ask_responses(arms, known):
     """(4) Train the best responses that were not tried yet, and try them."""
-    arms = [arm for arm in arms if not known.has(arm, "response")]
-    if not arms:
-        return
     for arm in arms:
+        if known.has(arm, "response"):
+            continue
         respond(arm)
-    words = response_evaluation(arms)
-    launcher.launch(words)
-    for arm in arms:
+        words = response_evaluation(arm)
+        launcher.launch(words)
         attacker = f"{run_of(f'response_{arm}')}/step_{RESPONSE_STEPS:06d}"
         tries = dict(exploit=(arm, "attacks_own"), response=(attacker, f"attacks_on_{arm}"))
         for measure, (label, file) in tries.items():
@@ -434,7 +431,7 @@ def ask_responses(arms, known):
                 found[opinion] = outcomes.judged(folder / file, True, opinion)
             attacks = read_rows(folder / "attacks.jsonl", "id", "answer", heal=False)
             known.add(arm, measure, outcomes.with_unsent(found, attacks))
-    known.save()
+        known.save()
 
 
 def write_seeds(name, rows):

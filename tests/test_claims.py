@@ -52,7 +52,7 @@ def test_every_command_is_one_of_the_stages(claims, capsys, monkeypatch):
     commands = planned(claims, capsys, "DATA_DIR=<folder>", "THREE_SEEDS=selfplay,sft_alone")
     arms = len(claims.GRID) + 4  # with more random seeds
     # train and ask each arm; ask the base; 10 attackers, met, two best responses and their games
-    assert len(commands) == 2 * arms + 1 + 10 + 1 + 2 + 1
+    assert len(commands) == 2 * arms + 1 + 10 + 1 + 2 + 2
     for words in commands:
         with monkeypatch.context() as m:
             stage = stage_of(words)
@@ -183,7 +183,8 @@ def test_the_grid_from_nothing_then_again(grid, capsys, claims, monkeypatch):
     grid.main("ARMS=selfplay,ssp_plain")
     assert [x for x in scripts(grid.ran) if "attacked" not in x] == [
         "02 claims_selfplay", "02 claims_ssp_plain", *4 * ["03 claims"],
-        "02 claims_response_warmup", "02 claims_response_selfplay", "03 claims_response"]
+        "02 claims_response_warmup", "03 claims_exploit_warmup",
+        "02 claims_response_selfplay", "03 claims_exploit_selfplay"]
     said = capsys.readouterr().out
     assert "warmup: finished" in said
     assert "resumed from checkpoints/claims_selfplay/step_000002" in said
@@ -934,4 +935,4 @@ def test_requests_are_written_as_seeds_for_03(claims, grid):
 
 def test_the_test_split_has_folders_of_its_own(claims, capsys):
     runs = [words[1] for words in planned(claims, capsys, "SPLIT=test") if words[0][:2] == "03"]
-    assert len(set(runs)) == 13 and all(name.endswith("_test") for name in runs)
+    assert len(set(runs)) == 14 and all(name.endswith("_test") for name in runs)
