@@ -17,6 +17,7 @@ costs its own time alone. Each adds what it knows, phase by phase, to
 results/reference/gpu_<card>.json (on a CPU: results/runs/gpu_cpu.json)."""
 import copy
 import dataclasses
+import functools
 import gc
 import json
 import re
@@ -81,7 +82,8 @@ def pack(model):
     """Replace the linear layers of a model, but for its head, by bitsandbytes' in NF4."""
     import bitsandbytes as bnb
     device, head = models.device(), model.get_output_embeddings()
-    for parent in list(model.modules()):
+    parents = [m for m in model.modules() if not isinstance(m, torch.nn.Linear)]
+    for parent in parents:
         for name, layer in list(parent.named_children()):
             if isinstance(layer, torch.nn.Linear) and layer is not head:
                 # on meta: it would else draw weights that nobody needs
@@ -208,23 +210,20 @@ def gradients(model, prompts, completions):
     return logp_N.detach(), torch.cat(grads)
 
 
-def check_checkpointing():
-    """Gradient checkpointing with an adapter, over bfloat16 and over NF4 weights."""
-    out = {}
-    for nf4 in (False, True):
-        model = make_model(CONFIGS["tiny"], nf4=nf4)
-        adapters.choose_weights(model, 8, 16, SEED)
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.data.normal_(std=0.1)
-        prompts = random_prompts(model, 6, 30)
-        want, grads = gradients(model, prompts, [p[:20] for p in prompts])
-        models.checkpoint_gradients(model)
-        got, others = gradients(model, prompts, [p[:20] for p in prompts])
-        apart = (got - want).abs().max().item()
-        cosine = torch.nn.functional.cosine_similarity(grads, others, dim=0).item()
-        out["nf4" if nf4 else "bfloat16"] = dict(logps=apart, cosine=cosine)
-        require(apart < 0.1 and cosine > 0.999, out)
+def check_checkpointing(nf4=False):
+    """Gradient checkpointing with an adapter, over weights in bfloat16 or in NF4."""
+    model = make_model(CONFIGS["tiny"], nf4=nf4)
+    adapters.choose_weights(model, 8, 16, SEED)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(std=0.1)
+    prompts = random_prompts(model, 6, 30)
+    want, grads = gradients(model, prompts, [p[:20] for p in prompts])
+    models.checkpoint_gradients(model)
+    got, others = gradients(model, prompts, [p[:20] for p in prompts])
+    out = dict(logps=(got - want).abs().max().item(),
+               cosine=torch.nn.functional.cosine_similarity(grads, others, dim=0).item())
+    require(out["logps"] < 0.1 and out["cosine"] > 0.999, out)
     return out
 
 
@@ -261,7 +260,9 @@ def check_optimizers():
 
 
 CHECKS = dict(attention=check_attention, rollouts=check_rollouts, nf4=check_nf4,
-              checkpointing=check_checkpointing, optimizers=check_optimizers)
+              checkpointing=check_checkpointing,
+              checkpointing_nf4=functools.partial(check_checkpointing, nf4=True),
+              optimizers=check_optimizers)
 
 
 # ---- a step --------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from engine.logprobs import LOGPROB_CHUNK
 from engine.optim import BYTES
 from engine.run import die
 from engine.sampling import PREFILL_TOKENS
+from engine.slots import key_value_shape
 
 GB = 2 ** 30
 NF4 = 0.5 + 4 / 64  # bytes of a packed weight: 4 bits, and a float32 scale for each block of 64
@@ -39,12 +40,10 @@ def shape(config):
         if isinstance(m, torch.nn.Linear) and m is not head:
             packed += m.weight.numel()
             ports += m.in_features + m.out_features
-    heads, hidden = config.num_attention_heads, config.hidden_size
-    return Shape(sum(p.numel() for p in model.parameters()), packed, ports,
-                 config.num_hidden_layers, hidden,
-                 getattr(config, "intermediate_size", 4 * hidden), heads,
-                 getattr(config, "num_key_value_heads", None) or heads,
-                 getattr(config, "head_dim", None) or hidden // heads, head.weight.shape[0])
+    weights, hidden = sum(p.numel() for p in model.parameters()), config.hidden_size
+    return Shape(weights, packed, ports, config.num_hidden_layers, hidden,
+                 getattr(config, "intermediate_size", 4 * hidden), *key_value_shape(config),
+                 head.weight.shape[0])
 
 
 def kv_bytes(s, size):

@@ -56,11 +56,6 @@ class _Resumable:
                 out[f"{name}.{i}"] = value if name == "step" else shards.full(value, self.params[i])
         return out
 
-    def _sum(self, gradients):
-        """Sum the gradients of all processes; FSDP has done so by itself."""
-        if not self.sharded:
-            parallel.sum_gradients(gradients)
-
     @torch.no_grad()
     def restore(self, tensors):
         """The reverse of tensors(), the model's weights included. On a CPU, what follows is then
@@ -119,7 +114,8 @@ class MasterAdamW(_Resumable):
     def step(self, lr, clip):
         """Sum over processes, clip to norm `clip`, update at rate `lr`, write back -> the norm."""
         gradients = [m.grad for m in self.master]
-        self._sum(gradients)
+        if not self.sharded:  # FSDP sums them by itself
+            parallel.sum_gradients(gradients)
         norm = shards.over_all(torch.nn.utils.get_total_norm(gradients), self.sharded)
         torch.nn.utils.clip_grads_with_norm_(self.master, clip, norm)
         norm = float(norm)
@@ -162,7 +158,8 @@ class KahanAdamW(_Resumable):
         if parallel.number_of() > 1:
             for p in self.params:  # a process may have had no work
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            self._sum([p.grad for p in self.params])
+            if not self.sharded:
+                parallel.sum_gradients([p.grad for p in self.params])
         grads = [shards.local(p.grad) for p in self.params if p.grad is not None]
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
         norm = float(shards.over_all(torch.stack(norms).norm(), self.sharded)) if norms else 0.0
@@ -181,8 +178,7 @@ class KahanAdamW(_Resumable):
             if lost is not own:
                 before = own.clone()
                 own.add_(lost)
-                # exact where |lost| <= |weight| (Dekker's fast two-sum)
-                lost.add_(before.sub_(own))
+                lost.add_(before.sub_(own))  # exact if |lost| <= |weight| (Dekker's fast two-sum)
             p.grad = lost.grad = None
         return norm
 

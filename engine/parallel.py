@@ -105,20 +105,22 @@ def imbalance(batches, sizes):
     return max(loads) * len(loads) / max(1, sum(loads))
 
 
+def _of_all(values):
+    """A list of this process -> the lists of all processes, end to end."""
+    if number_of() == 1:
+        return values
+    from accelerate.utils import gather_object
+    return _talk(gather_object, values)
+
+
 def gather(found):
     """{piece: its outcome} of this process -> those of all processes."""
-    if number_of() == 1:
-        return found
-    from accelerate.utils import gather_object
-    return dict(_talk(gather_object, list(found.items())))
+    return dict(_of_all(list(found.items())))
 
 
 def total(values, most=()):
     """{name: number} of this process -> sums over all; of the names in `most` the largest ones."""
-    if number_of() == 1:
-        return values
-    from accelerate.utils import gather_object
-    every, out = _talk(gather_object, [values]), {}
+    every, out = _of_all([values]), {}
     for name in values:
         numbers = [each[name] for each in every]
         out[name] = max(numbers) if name in most else sum(numbers)
@@ -127,10 +129,7 @@ def total(values, most=()):
 
 def add_up(x):
     """A CPU tensor of this process -> the sum over all processes."""
-    if number_of() == 1:
-        return x
-    from accelerate.utils import gather_object
-    every = _talk(gather_object, [x])
+    every = _of_all([x])
     return sum(every[1:], start=every[0])
 
 
@@ -173,9 +172,8 @@ def check_equal(tensors):
     if number_of() == 1 or not tensors:
         return
     import torch
-    from accelerate.utils import gather_object
     sums = torch.stack([x.detach().double().sum() for x in tensors]).tolist()
-    if len(set(map(str, _talk(gather_object, [sums])))) > 1:
+    if len(set(map(str, _of_all([sums])))) > 1:
         sys.exit("error: the processes have different weights: this is an error of the program")
 
 

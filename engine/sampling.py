@@ -75,8 +75,7 @@ def draw(logits_BV, temperature, uniform_B):
     """Exact draw from softmax(logits / temperature) by inverse distribution -> (token_B, logp_B).
     One uniform number a row, float64: float32 has steps of 6e-8, so rarer words would be drawn
     too often or never. No top-k or top-p. temperature 0 is greedy, with logp_B at 1."""
-    scaled = logits_BV.float() / (temperature or 1.0)
-    logp_BV = torch.log_softmax(scaled, -1)
+    logp_BV = torch.log_softmax(logits_BV.float() / (temperature or 1.0), -1)
     if temperature == 0:
         token_B = logp_BV.argmax(-1)
     else:
@@ -134,8 +133,6 @@ def _sample(model, tok, prompts, max_new, temperature, batch, generator, top_p, 
     if before in ("sdpa", "eager", "folded") and rollout != "library":
         model.set_attn_implementation(_grouped_attention())
 
-    where = model.device.type
-
     def pick(logits_BV, uniform_B):
         if top_p < 1:
             logits_BV = nucleus(logits_BV, temperature, top_p)
@@ -156,6 +153,7 @@ def _sample(model, tok, prompts, max_new, temperature, batch, generator, top_p, 
             if not some:
                 pass
             elif rollout == "slots":
+                where = model.device.type
                 every, most = LOOK_EVERY.get(where, 8), PREFILL_TOKENS.get(where, 4096)
                 pairs = slots.complete(model, tok, some, uniform_NT, batch, every, pick, prefill,
                                        most, bar)
@@ -177,8 +175,8 @@ def _step_mask(config, mask_BL):
     is without a sliding window or where that is longer; else made here, 4D and boolean, because the
     library's window would count the padding. One mask for each type of layer where they differ."""
     window = getattr(config, "sliding_window", None)
-    if not window or mask_BL.shape[1] <= window:
-        return mask_BL
+    if not window or mask_BL.shape[1] <= window:  # 2D, the library asks a GPU whether all is text
+        return mask_BL if mask_BL.device.type == "cpu" else mask_BL.bool()[:, None, None]
     full = mask_BL.bool()[:, None, None]
     near = full & (mask_BL.flip(1).cumsum(1).flip(1) <= window)[:, None, None]
     if not getattr(config, "layer_types", None):  # all layers slide: Mistral, Phi-3
@@ -187,8 +185,7 @@ def _step_mask(config, mask_BL):
 
 
 def _decode(model, tok, prompts, uniform_BT, pick, bar):
-    """One batch of `sample`. uniform_BT: the numbers that draw its tokens, bar: counts them. The
-    prompts' common opening goes through the model once. The padding on the right needs no mask."""
+    """One batch of `sample`. uniform_BT: the numbers that draw its tokens, bar: counts them."""
     where, (B, max_new) = model.device, uniform_BT.shape
     uniform_BT = uniform_BT.to(where)
     length_B = torch.tensor(list(map(len, prompts)), device=where)
@@ -205,7 +202,6 @@ def _decode(model, tok, prompts, uniform_BT, pick, bar):
     logp_BT = torch.zeros_like(uniform_BT, dtype=torch.float32)
     count_B = torch.full((B,), max_new, device=where)
     done, alive = torch.zeros(B, dtype=torch.bool, device=where), B
-    every = LOOK_EVERY.get(where.type, 8)
     for t in range(max_new):
         token, logp = pick(logits_BV, uniform_BT[row_of, t])
         token_BT[row_of, t], logp_BT[row_of, t] = token, logp
@@ -213,7 +209,7 @@ def _decode(model, tok, prompts, uniform_BT, pick, bar):
         count_B[row_of] = torch.where(ended, t + 1, count_B[row_of])
         done = done | ended
         live = alive
-        if (t + 1) % every == 0 or t + 1 == max_new:
+        if (t + 1) % LOOK_EVERY.get(where.type, 8) == 0 or t + 1 == max_new:
             live = int((~done).sum())
         bar.update(alive)
         bar.total -= (alive - live) * (max_new - t - 1)  # tokens that will not be needed

@@ -20,7 +20,7 @@ def shard(model):
     fully_shard(model)
     model.call = types.MethodType(lambda self, function, *args: function(self, *args), model)
     register_fsdp_forward_method(model, "call")  # its hooks put the weights together
-    model.in_shards = True
+    model.in_shards = model.no_graphs = True  # its layers wait for one another by other streams
     with torch.no_grad():  # the hooks find out which part is the outermost one
         model.call(lambda m: m.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long,
                                                                 device=m.device))[0])

@@ -3,6 +3,9 @@ storage, and a slot whose row has ended takes the next prompt. So no straggler h
 CUDA one token of all slots is one captured graph: the device does not wait for Python's launches.
 
 S slots, M positions of a slot, b slots in use; the other letters are those of sampling.py."""
+import contextlib
+import functools
+
 import torch
 
 from engine import progress
@@ -17,8 +20,7 @@ def slots_that_fit(model, length, most):
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(model.device)[0] * FREE
     _, heads, width = key_value_shape(model.config)
-    layers = model.config.num_hidden_layers
-    each = 2 * layers * length * heads * width * model.dtype.itemsize
+    each = 2 * model.config.num_hidden_layers * length * heads * width * model.dtype.itemsize
     return max(1, min(most, int(free / each)))
 
 
@@ -75,6 +77,7 @@ def masked(q_bHD, k_bMKD, v_bMKD, used_b, scale, window):
 
 class Slots:
     """S slots of M positions. All that a token step reads or writes lies in tensors that stay."""
+    side = None  # a CUDA stream for all of them: cuBLAS keeps memory for each
 
     def __init__(self, model, stop_ids, S, M, max_new, pick):
         """pick: (logits_bV, uniform_b) -> (token_b, logp_b)."""
@@ -82,13 +85,10 @@ class Slots:
         _, heads, width = key_value_shape(config)
         self.model, self.S, self.T, self.pick = model, S, max_new, pick
         self.keys, self.values, self.reach = [], [], M
+        zeros = functools.partial(torch.zeros, dtype=torch.long, device=device)
         for _ in range(config.num_hidden_layers):
             for store in (self.keys, self.values):
-                store.append(torch.zeros(S, M, heads, width, dtype=model.dtype, device=device))
-
-        def zeros(*shape, dtype=torch.long):
-            return torch.zeros(*shape, dtype=dtype, device=device)
-
+                store.append(zeros(S, M, heads, width, dtype=model.dtype))
         self.token, self.at, self.count = zeros(S), zeros(S), zeros(S)  # at: position of the token
         self.done = zeros(S, dtype=torch.bool) | True
         self.uniform_ST = zeros(S, max_new, dtype=torch.float64)
@@ -98,7 +98,8 @@ class Slots:
         self.row = torch.arange(S, device=device)
         self.as_is = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)  # 4D: passed through
         self.attention = varlen if flash_works(device, model.dtype, config) else masked
-        self.graphs, self.pool = ({} if device.type == "cuda" else None), None
+        graphs = device.type == "cuda" and not hasattr(model, "no_graphs")
+        self.graphs, self.pool = ({} if graphs else None), None
 
     def state(self):
         """The tensors that a token step changes, but for keys and values."""
@@ -136,7 +137,8 @@ class Slots:
         self.token[rows] = torch.where(live, token, self.token[rows])
         self.count[rows] += live.long()
         self.at[rows] += moved * live.long()
-        self.done[rows] |= torch.isin(token, self.stops) | (self.count[rows] >= self.T)
+        # not isin(), which sorts and waits where there are many stop ids
+        self.done[rows] |= (token[:, None] == self.stops).any(1) | (self.count[rows] >= self.T)
 
     def admit(self, rows, prompts, uniform_BT, prefill):
         """Put prompts into the slots `rows` and draw their first tokens. prefill: sampling.py."""
@@ -171,9 +173,10 @@ class Slots:
             try:
                 self.graphs[b] = self.capture(b)
             except RuntimeError as problem:
-                text = str(problem).splitlines()[0][:80]
-                progress.say(f"rollouts without CUDA graphs: {text}")
-                self.graphs = None
+                progress.say(f"rollouts without CUDA graphs: {str(problem).splitlines()[0][:80]}")
+                self.graphs, self.model.no_graphs = None, True
+                with contextlib.suppress(Exception):  # torch 2.11 leaves its pool open
+                    torch._C._cuda_endAllocateToPool(self.row.device.index, self.pool)
         graph = self.graphs and self.graphs[b]
         for _ in range(steps):
             if graph:
@@ -184,7 +187,8 @@ class Slots:
     def capture(self, b):
         """A CUDA graph of step(b), whose logits agree with those of the step itself."""
         before = [x.clone() for x in self.state()]
-        side = torch.cuda.Stream()
+        side = Slots.side = Slots.side or torch.cuda.Stream()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # libraries choose their kernels now, not while it captures
             self.step(b)
@@ -203,12 +207,10 @@ class Slots:
         self.restore(before)
         if not apart <= 16 * torch.finfo(self.model.dtype).eps * want.abs().max():  # or it is nan
             raise RuntimeError(f"the graph's logits differ from the step's by {apart:.2g}")
-        self.pool = graph.pool()
         return graph
 
 
-def complete(model, tok, prompts, uniform_NT, slots, every, pick, prefill, prefill_tokens,
-             bar):
+def complete(model, tok, prompts, uniform_NT, slots, every, pick, prefill, prefill_tokens, bar):
     """Token ids of prompts, in the order of uniform_NT's rows -> list of (ids, logps). slots: how
     many at most; on CUDA no more than fit. every: tokens between two looks at which rows have
     ended. pick, prefill: as in sampling.py, which hands them over."""

@@ -1,5 +1,6 @@
 """engine/slots.py and engine/library.py beside the plain way of sampling, chi-square and the
 log-probabilities that are trained on. CUDA graphs themselves are checked by bench/gpu.py."""
+import contextlib
 import copy
 import gc
 import types
@@ -9,6 +10,7 @@ import pytest
 import torch
 from engine_tools import chi_square_p, frequent_stops, ragged_prompts
 from helpers import KINDS, seeded
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import adapters, attention, sampling, slots
 from engine.logprobs import token_logprobs
@@ -177,24 +179,75 @@ def test_a_token_step_waits_for_no_device(loaded):
     assert {x.device.type for x in (s.logits, *s.state(), *s.keys)} == {"meta"}
 
 
+def test_a_step_has_no_operation_that_waits(loaded):
+    """With many stop ids, too: there isin() would sort on CUDA, and ask how many it found."""
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+            seen.add(call.overloadpacket.__name__)
+            return call(*args, **(kwargs or {}))
+
+    model, seen = copy.deepcopy(loaded["qwen2"][0]), set()
+    s = slots.Slots(model, range(40), 4, 12, 5, lambda logits, u: sampling.draw(logits, 1.0, u))
+    attention.register("slots", s.attend, lambda *args, **kwargs: None)
+    model.set_attn_implementation("slots")
+    s.done[:] = False
+    with torch.no_grad(), Watch():
+        s.step(3)
+    assert "index_put_" in seen
+    for name in ("isin", "unique", "nonzero", "masked_select", "_local_scalar_dense", "item"):
+        assert not [x for x in seen if name in x], seen
+
+
+def test_all_captures_share_a_stream(loaded, monkeypatch):
+    """cuBLAS keeps memory for each stream that it has worked on."""
+    made = []
+    cuda = types.SimpleNamespace(
+        Stream=lambda: made.append(FakeStream()) or made[-1], current_stream=FakeStream,
+        stream=lambda s: contextlib.nullcontext(), CUDAGraph=FakeGraph,
+        graph=lambda *args, **kwargs: contextlib.nullcontext(), graph_pool_handle=lambda: (0, 1))
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(slots.Slots, "side", None)
+    monkeypatch.setattr(slots.Slots, "step", lambda s, b: None)
+    for _ in range(2):
+        s = slots.Slots(loaded["qwen2"][0], [1], 4, 12, 5, None)
+        for b in (1, 2):
+            s.capture(b)
+    assert len(made) == 1 and s.pool == (0, 1)
+
+
+class FakeStream:
+    def wait_stream(self, other):
+        pass
+
+
+class FakeGraph:
+    def replay(self):
+        pass
+
+
 def test_a_graph_that_fails_is_said_and_left_out(loaded, monkeypatch, capsys):
-    """As where CUDA refuses to capture: one line, and the same tokens without graphs."""
-    model, tok = loaded["llama"]
+    """As where CUDA refuses to capture: one line, and the same tokens without graphs. The pool that
+    torch 2.11 leaves open is closed, and nobody tries again."""
+    model, tok = copy.deepcopy(loaded["llama"][0]), loaded["llama"][1]
     prompts = ragged_prompts(tok, 5)
     want = sample(model, tok, prompts, 8, 1.0, 2, seeded(2), rollout="slots")
-    tries, real = [], slots.Slots.__init__
+    tries, closed, real = [], [], slots.Slots.__init__
 
     def with_graphs(s, *args):
         real(s, *args)
-        s.graphs = {}
+        s.graphs = None if hasattr(model, "no_graphs") else {}
 
     def refuse(s, b):
         tries.append(b)
+        s.pool = (0, 7)
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
     monkeypatch.setattr(slots.Slots, "__init__", with_graphs)
     monkeypatch.setattr(slots.Slots, "capture", refuse)
-    assert sample(model, tok, prompts, 8, 1.0, 2, seeded(2), rollout="slots") == want
-    assert len(tries) == 1
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *x: closed.append(x) or 1 / 0,
+                        raising=False)
+    for _ in range(2):
+        assert sample(model, tok, prompts, 8, 1.0, 2, seeded(2), rollout="slots") == want
+    assert len(tries) == 1 and closed == [(None, (0, 7))]
     assert "rollouts without CUDA graphs: operation not permitted" in capsys.readouterr().out
 
 
