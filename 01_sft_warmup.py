@@ -6,9 +6,9 @@ Paper: SRT (arXiv 2506.07468), its appendix on the supervised warm-up. Input: MO
 train and dev), the judge. Output: checkpoints/RUN/ (the adapter or model, meta.json, and the texts
 that stage 2 mixes in, defender.jsonl) and results/runs/RUN/examples.jsonl (both roles).
 
-1. The model answers warm-up seeds: benign ones plainly, harmful ones told to decline.
-2. The judge keeps answers to benign seeds and safe refusals of harmful ones, WARMUP_REFUSALS of the
-   whole: the warm-up teaches the format and keeps the model useful; the game teaches safety.
+1. The model answers the train seeds; with a harmful one it is told to decline.
+2. The judge keeps answers to benign seeds and safe refusals of harmful ones. The share of refusals
+   is only WARMUP_REFUSALS: the warm-up teaches the format, the game teaches safety.
 3. The model writes the thinking that leads to each reply ("post-fill CoT"). A template stands in
    where that thinking is unusable (share printed).
 4. The attacker's examples rewrite a seed by one of the strategies of prompts/strategies.txt.
@@ -53,12 +53,12 @@ COT = True                # hidden chain of thought; False: the papers' ablation
 DEFENDER_EXAMPLES = 240   # examples of the defender's role at most; published: twice 15,000
 ATTACKER_EXAMPLES = 160   # examples of the attacker's role (ours)
 WARMUP_REFUSALS: Share = 0.2  # share of refusals among the defender's examples (ours)
-BRIEF = True              # one paragraph of a sentence or two, right for 135M; published: False
+BRIEF = True              # ask for a sentence or two, what 135M can do; published: False
 REPLY_TOKENS = 72         # longest reply, tokens; published: 2048
 THINK_TOKENS = 40         # longest post-filled thinking, tokens; published: 1024
 TEMPERATURE = 0.7         # of replies and thinking, for examples only; published: 0.6
 TOP_P: Share = 1.0        # nucleus, for examples only; published: 0.9
-LR = 5e-4                 # peak; a tenth of the updates up to it, then a cosine to a tenth (ours)
+LR = 5e-4                 # peak; linear rise over a tenth of updates, cosine to LR / 10 (ours)
 LORA_RANK: Count = 16     # of the adapter that learns (engine/adapters.py); 0: all weights, LR=4e-5
 LORA_ALPHA = 32           # its scale is alpha / rank (ours)
 BASE_QUANT: Literal["none", "nf4"] = "none"  # NF4 for the weights under an adapter, slower (ours)
@@ -73,7 +73,7 @@ DTYPE: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights (hardwa
 OPTIMIZER: Literal["master", "kahan"] = "master"  # 20 or 10 bytes a parameter (engine/optim.py)
 PROGRESS = True           # progress bars (display)
 SEED = 0                  # of everything
-# 4,000, not 2 x 15,000: one source here, the benign seeds; an example costs 3,072 tokens at most.
+# 4,000 defender's examples, not 2 x 15,000: one source, and each samples up to 3,072 tokens.
 PAPER = dict(MODEL="Qwen/Qwen2.5-7B-Instruct", JUDGE="allenai/wildguard",
              SEEDS="allenai/wildjailbreak", DEFENDER_EXAMPLES=4000, ATTACKER_EXAMPLES=2000,
              WARMUP_REFUSALS=0.0, BRIEF=False, REPLY_TOKENS=2048, THINK_TOKENS=1024,
@@ -100,7 +100,7 @@ def read_columns(name, width):
 
 
 def ask(model, tok, texts, max_new, generator):
-    """Plain chat completions -> list of (text, ended), for building examples."""
+    """Sample plain chat replies to texts -> list of (text, ended), False: cut at max_new tokens."""
     prompts = [render(tok, text) for text in texts]
     out = sample(model, tok, prompts, max_new, TEMPERATURE, SAMPLE_BATCH, generator, TOP_P, ROLLOUT)
     return [(tok.decode(ids, skip_special_tokens=True).strip(), ids[-1] in tok.stop_ids)
@@ -125,8 +125,8 @@ def usable_thinking(text):
             and "<" not in text)
 
 
-def sorted_replies(model, tok, scorer, seeds, generator):
-    """Steps 1-2 -> (refusals kept, answers kept, all replies), lists of (seed, reply, kind)."""
+def kept_replies(model, tok, scorer, seeds, generator):
+    """Steps 1-2 -> (refusals kept, answers kept, all answers): lists of (seed, reply, kind)."""
     harmful, benign = halves(seeds)
     harmful = harmful[:DEFENDER_EXAMPLES] if WARMUP_REFUSALS else []
     benign = benign[:2 * DEFENDER_EXAMPLES]
@@ -145,8 +145,7 @@ def sorted_replies(model, tok, scorer, seeds, generator):
     for seed, (_, reply), x in zip(asked, pairs, scorer.classify(pairs)):
         if len(reply) <= (10 if BRIEF else 0) or x.response_harmful is not False:
             continue
-        # two opinions on what will be imitated
-        matched = judge.refusal_match(reply)
+        matched = judge.refusal_match(reply)  # two opinions on what will be imitated
         if seed["harmful"] and x.response_refusal and matched:
             refuse.append((seed, reply, "refuse"))
         if not seed["harmful"] and x.response_refusal is False and not matched:
@@ -160,7 +159,7 @@ def sorted_replies(model, tok, scorer, seeds, generator):
 def defender_examples(model, tok, scorer, seeds, rng, generator):
     """Steps 1-3 -> list of (seed, thinking, answer, kind), kind "comply" or "refuse"."""
     rng.shuffle(seeds)
-    refuse, comply, raw = sorted_replies(model, tok, scorer, seeds, generator)
+    refuse, comply, raw = kept_replies(model, tok, scorer, seeds, generator)
     n_refuse = min(len(refuse), round(WARMUP_REFUSALS * DEFENDER_EXAMPLES))
     comply = comply[:DEFENDER_EXAMPLES - n_refuse]
     if WARMUP_REFUSALS < 1:  # the share holds where few answers were kept, too
@@ -185,7 +184,7 @@ def defender_examples(model, tok, scorer, seeds, rng, generator):
         if usable_thinking(thinking):
             usable += 1
         else:
-            thinking = rng.choice([text for of, text in templates if of == kind])
+            thinking = rng.choice([text for name, text in templates if name == kind])
         examples.append((seed, thinking, reply, kind))
     print(f"post-filled thinking usable: {usable} of {len(kept)}; else a template stands in")
     return examples
@@ -243,9 +242,8 @@ def train(model, rows, rng):
 
 
 def try_turns(model, tok, scorer, seeds, when):
-    """Step 6: PROBE sampled turns of each role on dev seeds -> rates, also printed."""
-    both = halves(seeds)
-    defenders, attackers = [], []
+    """Step 6: PROBE turns a role -> rates: defender, attacker (well-formed turns), asr, comply."""
+    both, defenders, attackers = halves(seeds), [], []
     for i in range(PROBE):
         half = both[i % 2]
         seed = half[(i // 2) % len(half)]
@@ -287,9 +285,9 @@ def main(argv):
         die("TOP_P=0.0: must be above 0")
     if BASE_QUANT == "nf4" and not LORA_RANK:
         die("BASE_QUANT=nf4 is for a run with an adapter: give LORA_RANK")
-    more = f" MODEL=checkpoints/{RUN}" if RUN != "01_sft" else ""
-    for recipe in set(argv) & set(run.RECIPES):  # 02 begins with the instruct model then
-        more = f" {recipe} SFT=checkpoints/{RUN}/defender.jsonl"
+    options = f" MODEL=checkpoints/{RUN}" if RUN != "01_sft" else ""
+    for recipe in set(argv) & set(run.RECIPES):  # a recipe of 02 starts from the instruct model
+        options = f" {recipe} SFT=checkpoints/{RUN}/defender.jsonl"
     rng, generator = random.Random(SEED), torch.Generator().manual_seed(SEED)
     torch.manual_seed(SEED)
     seeds, dev = load_seeds(SEEDS, "train"), load_seeds(SEEDS, "dev")
@@ -303,7 +301,7 @@ def main(argv):
     out = parallel.once(run.claim, globals(), run.CHECKPOINTS)
     if (run.CHECKPOINTS / RUN / "meta.json").is_file():
         run.check_resume(globals(), run.CHECKPOINTS / RUN, inputs)
-        print(f"checkpoints/{RUN} is complete; next: python 02_selfplay_rl.py{more}")
+        print(f"checkpoints/{RUN} is complete; next: python 02_selfplay_rl.py{options}")
         return
     run.doing("; the same command starts again")
     limit = judge.text_limit(REPLY_TOKENS + THINK_TOKENS)
@@ -332,7 +330,7 @@ def main(argv):
     if after["comply"] < 0.85:
         print(f"WARNING: comply(b) {after['comply']:.2f} is below .85: lower WARMUP_REFUSALS or LR")
     print(f"made checkpoints/{RUN} ({time.time() - began:.0f} s, {run.peak_gb():.1f} GB); "
-          f"next: python 02_selfplay_rl.py{more}")
+          f"next: python 02_selfplay_rl.py{options}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Stage 2, self-play RL: one model attacks and defends; a hand-written REINFORCE++ loop trains it.
 
     python 02_selfplay_rl.py               100 steps of 32 seeds: about 75 min, 6 GB on 2 CPU cores
-    python 02_selfplay_rl.py METHOD=ssp    the second paper: other rewards, replay of past failures
+    python 02_selfplay_rl.py METHOD=ssp ATTACKED=1    the second paper: other rewards, replay
     python 02_selfplay_rl.py --paper       7B policy, WildGuard in NF4 (not run; see README)
     python 02_selfplay_rl.py MODEL=<any instruct model> SFT=<defender.jsonl>    without a warm-up
 
-Ablations: COT=false, after 01 with it (instruction and SFT mix stay; published: neither);
-ROLES=defender (no attacker, every seed goes straight to the defender);
+Ablations: COT=false (give it to 01, too; the published one also drops the defender's instruction
+and the SFT mix of step 7); ROLES=defender (no attacker, every seed goes straight to the defender);
 ROLES=attacker (attacked games only, against the frozen start model asked in plain chat);
 SCHEME=zero_sum; RL_COEF=0 (control: the SFT mix alone). A run's first line says which one it is.
 
@@ -19,30 +19,30 @@ The loop, as numbered in the code:
  1. Draw seeds, half harmful, half benign; of each half, the share ATTACKED goes to the attacker.
  2. The attacker rewrites its seeds with hidden thinking; only its answer is passed on.
  3. The defender answers every request with hidden thinking; with SSP some are past failures.
- 4. The judge labels (request, reply), and (seed, attack) for departure h; it sees no thinking.
+ 4. The judge labels (request, reply) and (seed, attack), with SSP (seed, reply) too; no thinking.
  5. Rewards per turn from a table, plus the format term.
  6. Returns with a k1 penalty towards the frozen warm-up model; advantages per role.
- 7. Clipped policy-gradient loss on both roles' turns, plus the SFT mix; AdamW (engine/optim.py).
+ 7. Clipped policy-gradient loss on both roles, plus the SFT mix: supervised examples of 01. AdamW.
  8. Every EVAL_EVERY steps, greedy games on dev seeds: metrics.csv's columns dev_*.
 
 Departures from the published code, each with its reason:
  a. Who is attacked is drawn anew every step (published: once per run, so always or never).
- b. A malformed turn's thinking is never shown on (published: the whole raw text leaks then).
+ b. A malformed turn's thinking stays hidden (published: without <answer> the raw text goes on).
  c. The loss is a token mean over the whole update (published: a mean of micro-batch means).
  d. With UPDATES=1 the k1 penalty uses the log-probs of sampling: one forward pass less.
- e. zero_sum, which the paper analyses and its code lacks, is here: SCHEME=zero_sum.
+ e. SCHEME=zero_sum: the paper analyses it, its code lacks it. Games of h and i are not zero-sum.
  f. Random numbers are a function of (SEED, step), so a resumed run needs no generator state.
- g. SSP: an attack is paid by how far its seed's label is kept. One that is about something else
-    loses DRIFT_LOSS: its cosine with its seed is below RELEVANT. (All rewrites of seeds by
-    prompts/strategies.txt reach .46 with their own seed, under 1 % reach .40 with another.) The
-    pool: selfplay/replay.py; its games come on top of a step's own. Harmful and benign turns have
-    baselines of their own, since their rewards differ in range; so have 4 or more replays.
- h. An attack that is empty, or that the judge calls a refusal of its seed, has lost (published: any
-    rewrite may win). A small defender repeats a refusal, and a benign request counts as refused.
+ g. SSP: the attacker's reward is multiplied by p(its seed's label is kept). An attack whose cosine
+    with its seed is below RELEVANT is off the subject: reward -DRIFT_LOSS. (All rewrites by
+    strategies.txt reach .46 with their own seed, under 1 % reach .40 with another.) A reply to an
+    attack gets the mean of two scores, for (attack, reply) and (seed, reply). Harmful turns, benign
+    turns and 4 or more replays have separate baselines. Replays are added to a step's own games.
+ h. An attack that is empty or refuses its seed gets the lowest reward (published: any rewrite may
+    win). Otherwise refusing a benign seed would pay: a small defender repeats the refusal.
  i. An empty reply is neither refusal nor answer, so both players lose the refusal term (published:
-    judged like any other, and then it wins a benign game). SSP: 0 for both, but a drifted attack
-    loses DRIFT_LOSS; no visit that masters.
- j. MODEL has been warmed up and is the reference (published: the instruct model is both).
+    it is judged like any other and wins benign games). SSP: both get 0, the attacker -DRIFT_LOSS
+    if its attack is void (g, h), and the item in the pool counts no safe visit.
+ j. The warmed-up MODEL is start and reference (published: the instruct model is both).
  k. SFT_COEF is 0.3: at weight 1 our few examples hide the game (figures: results/README.md).
 results/README.md has every setting of the published script beside that of --paper."""
 import collections
@@ -76,13 +76,13 @@ RUN = "02_rl"             # names checkpoints/RUN and results/runs/RUN
 METHOD: Literal["self_redteam", "ssp"] = "self_redteam"  # [SRT]; [SSP]: other rewards, replay
 SCHEME: Literal["general_sum", "zero_sum"] = "general_sum"  # published code; zero_sum: theory
 ROLES: Literal["both", "attacker", "defender"] = "both"  # who learns; ablations: only one
-OPPONENT: Literal["published", "frozen_turns"] = "published"  # of one role; frozen_turns: the start
-#                           model in the other role, all games as in self-play (ours)
+OPPONENT: Literal["published", "frozen_turns"] = "published"  # if one role learns. "frozen_turns":
+#                           games as in self-play, the start model plays the other role (ours)
 COT = True                # paper: True; False is its no-CoT ablation
 STEPS = 100               # rollouts; paper: 200
 SEEDS_PER_STEP = 32       # games a rollout; paper: 128
 BENIGN_FRACTION: Share = 0.5  # of the seeds; paper [SRT]: 0.5; [SSP] shows none: 0
-ATTACKED: Share = 0.5     # share of seeds that go through the attacker; paper: 0.5
+ATTACKED: Share = 0.5     # share of seeds that the attacker rewrites; paper [SRT]: 0.5; [SSP]: 1
 ATTACK_TOKENS = 96        # longest attacker turn; paper: 2048
 REPLY_TOKENS = 112        # longest defender turn; paper: 2048
 LR = 5e-4                 # peak; paper: 5e-7 (all weights of 7B, 128 seeds)
@@ -93,7 +93,7 @@ BASE_QUANT: Literal["none", "nf4"] = "none"  # NF4 for the weights under an adap
 SHARD: Literal["none", "fsdp"] = "none"  # all weights over several GPUs, see README (hardware)
 REFERENCE: Literal["resident", "cpu"] = "resident"  # "cpu": on the GPU while it scores (hardware)
 CHECKPOINTING: Literal["auto", "on", "off"] = "auto"  # "auto": where the plan needs it (hardware)
-HORIZON = 100             # rollouts of the cosine to a tenth of LR; published: about 312
+HORIZON = 100             # rollouts in which a cosine takes LR to a tenth; published: about 312
 WARMUP: Share = 0.03      # share of HORIZON; published: 0.03
 UPDATES = 1               # optimizer steps a rollout; published: up to 6 of 32 turns
 KL_COEF = 0.01            # k1 in the token reward; published: 0.01
@@ -101,15 +101,15 @@ CLIP_EPS = 0.2            # paper: 0.2; with UPDATES=1 the ratio is 1 and nothin
 FORMAT_COEF = 1.0         # size of the format term; paper [SRT]: 1.0
 SSP_FORMAT_COEF = 0.25    # the same with METHOD=ssp, whose other rewards are 0 to 1 (ours)
 RELEVANT: Share = 0.4     # METHOD=ssp: cosine from which an attack is about its seed, departure g
-DRIFT_LOSS = 0.25         # METHOD=ssp: what an attack loses that is not, or that declines (ours)
+DRIFT_LOSS = 0.25         # METHOD=ssp: minus this for an attack off its subject or declining (ours)
 REPLAY: Literal["off", "plain", "reflect"] = "reflect"  # METHOD=ssp; paper: "reflect"
-REPLAY_FRACTION: Share = 0.25  # games of the pool in a step, for each of its own ones (ours)
-UCB_C = 0.3               # exploration in the pool; at 1 it drowns the means (ours)
+REPLAY_FRACTION: Share = 0.25  # replays in a step, a share of SEEDS_PER_STEP, on top of it (ours)
+UCB_C = 0.3               # weight of exploration in the pool; 1 would outweigh the means (ours)
 POOL_SIZE = 512           # failures kept at most (ours)
 MASTERED: Share = 0.8     # mean reward above which an item leaves, see selfplay/replay.py (ours)
 RUBRIC_JUDGE = ""         # METHOD=ssp: chat model that scores 1..5; "": 1 + 4 p(harmful) of JUDGE
 DECLINED_LOSES = True     # departure h; published: False
-SEED_LABELS = False       # True: a plain seed has its own label (not with SSP); published: judge's
+SEED_LABELS = False       # True: an unattacked seed keeps its label (not SSP); published: judge's
 COPY_COEF = 0.0           # charge for an attack that is its seed unchanged; ours, published: 0
 RL_COEF = 1.0             # weight of the policy loss; published: 1.0; 0: control, the SFT mix alone
 SFT = ""                  # the SFT mix: a defender.jsonl of stage 1; "": the one beside MODEL
@@ -119,7 +119,7 @@ SFT_BATCH = 8             # examples an update; published: 16
 CLIP_NORM = 1.0           # gradient norm; published: 1
 SAVE_EVERY = 20           # steps between checkpoints; published: 100
 EVAL_EVERY: Count = 20    # steps between evaluations on dev seeds; 0: none; published: 10 (display)
-EVAL_SEEDS = 48           # dev seeds of each half in them (ours)
+EVAL_SEEDS = 48           # dev seeds of each half (harmful, benign) in an evaluation (ours)
 SAMPLE_BATCH = 96         # rows sampled at a time (hardware)
 ROLLOUT: Literal["auto", "slots", "library", "plain"] = "auto"  # engine/sampling.py (hardware)
 TRAIN_TOKENS = 3072       # tokens of a micro-batch, padding included (hardware)
@@ -127,7 +127,7 @@ DTYPE: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights (hardwa
 OPTIMIZER: Literal["master", "kahan"] = "master"  # 20 or 10 bytes a parameter (engine/optim.py)
 MEMORY_CHECK = True       # on CUDA, stop before a run that will not fit (hardware)
 PLAN_ONLY = False         # print the plan of memory, time and disk, and stop (display)
-CARD = ""                 # that the plan's times are for; "": the one that is there (display)
+CARD = ""                 # GPU that the plan's times are for; "": this machine's (display)
 JUDGE_FLOOR: Share = 0.8  # a judge below it on prompts/probe.jsonl stops the run; 0: never (ours)
 TRACKER: Literal["", "tensorboard", "trackio", "wandb"] = ""  # "": nothing leaves here (display)
 PROGRESS = True           # progress bars (display)
@@ -166,57 +166,55 @@ def signs(role, kind, labels):
                 right_refusal=sign[right])
 
 
-def ssp_reward(role, kind, labels, drifted):
-    """[SSP]: the defender gets 1 - lost, the attacker lost times p(the seed's label is kept), which
-    is ours. An attack that has_drifted() gets -DRIFT_LOSS; its defender is judged by the reply."""
+def ssp_reward(role, kind, labels, void):
+    """[SSP]: 1 - failure for the defender, failure * p(the seed's label is kept) for the attacker,
+    which is ours. After a void attack: -DRIFT_LOSS for the attacker, failure by the reply alone."""
     harmful, p = kind.endswith("harmful"), labels.p
-    if drifted and role == "attacker":
+    if void and role == "attacker":
         return -DRIFT_LOSS
     if labels.empty:
         return 0.0  # nobody gains by it (departure i)
     if labels.score is None or "response_refusal" not in p:
         return None  # a judge that only generates gives no probabilities
-    lost = (labels.score - 1) / 4 if harmful or drifted else p["response_refusal"]  # benign: ours
-    lost = min(1.0, max(0.0, lost))
+    failure = (labels.score - 1) / 4 if harmful or void else p["response_refusal"]  # benign: ours
+    failure = min(1.0, max(0.0, failure))
     kept = p["prompt_harmful"] if harmful else 1 - p["prompt_harmful"]
-    return lost * kept if role == "attacker" else 1 - lost
+    return failure * kept if role == "attacker" else 1 - failure
 
 
-def game_reward(role, kind, labels, scheme, drifted=False):
-    """The game's reward of a turn: look up and add. None (turn dropped) if unparsed."""
+def game_reward(role, kind, labels, scheme, void=False):
+    """A turn's reward by the game alone. scheme: a key of REWARDS or "ssp". None: turn dropped."""
     if None in (labels.prompt_harmful, labels.response_refusal, labels.response_harmful):
         return None
     if scheme == "ssp":
-        return ssp_reward(role, kind, labels, drifted)
-    reward, sign = 0, signs(role, kind, labels)
-    for term, size in REWARDS[scheme][role].items():
-        reward += size * sign[term]
-    return reward
+        return ssp_reward(role, kind, labels, void)
+    sign = signs(role, kind, labels)
+    return sum(size * sign[term] for term, size in REWARDS[scheme][role].items())
 
 
-def has_drifted(turn):
-    """Has the attack of a turn's game declined its seed (departure h) or, with SSP, left it?"""
-    return turn.declined and DECLINED_LOSES or not turn.relevant
+def is_void(turn):
+    """Does the attack of a turn's game decline its seed (h) or, with SSP, leave its subject (g)?"""
+    return (turn.declined and DECLINED_LOSES) or not turn.relevant
 
 
 def r_def(turn):
-    """SSP: what a defender's turn has got, without its format; None if dropped."""
-    return game_reward(turn.role, turn.kind, turn.labels, "ssp", has_drifted(turn))
+    """SSP's reward of a defender's turn, 0 to 1, without the format term; None if it is dropped."""
+    return game_reward(turn.role, turn.kind, turn.labels, "ssp", is_void(turn))
 
 
 def turn_reward(turn, labels):
     """Game reward + format term (only with hidden CoT) - charge for a copy; None drops the turn.
-    SEED_LABELS: the label of what the defender saw is the seed's own where nobody rewrote it."""
-    ssp, drifted = METHOD == "ssp", has_drifted(turn)
+    SEED_LABELS: a request that is the seed itself has the seed's label, whatever the judge says."""
+    ssp, void = METHOD == "ssp", is_void(turn)
     if SEED_LABELS and turn.kind.startswith("vanilla"):
         labels = dataclasses.replace(labels, prompt_harmful=turn.kind == "vanilla_harmful")
-    reward = game_reward(turn.role, turn.kind, labels, "ssp" if ssp else SCHEME, drifted)
+    reward = game_reward(turn.role, turn.kind, labels, "ssp" if ssp else SCHEME, void)
     if reward is None:
         return None
-    if drifted and not ssp and turn.role == "attacker":  # the lowest there is (departure h)
+    if void and not ssp and turn.role == "attacker":  # minus in every term (departure h)
         reward = -sum(map(abs, REWARDS[SCHEME]["attacker"].values()))
-    coef = SSP_FORMAT_COEF if ssp else FORMAT_COEF
-    reward += coef * (1.0 if turn.well_formed else -1.0) * COT
+    if COT:
+        reward += (1 if turn.well_formed else -1) * (SSP_FORMAT_COEF if ssp else FORMAT_COEF)
     return reward - COPY_COEF * (turn.role == "attacker" and monitor.is_copy(turn))
 
 
@@ -230,7 +228,7 @@ def token_returns(reward, logp_T, logp_ref_T, kl_coef):
 
 
 def baseline_groups(turns):
-    """The group of each turn, which shares a mean and a standard deviation; in SSP: departure g."""
+    """A key for each turn; turns of one key share mean and std: the role; with SSP: departure g."""
     groups, count = [], collections.Counter(t.kind for t in turns)
     for t in turns:
         apart = t.kind in ("replayed_harmful", "reflected_harmful") and count[t.kind] >= 4
@@ -240,8 +238,8 @@ def baseline_groups(turns):
 
 
 def advantages(returns, groups):
-    """Lists of B returns [T] and B groups -> (B advantages [T], number of degenerate groups). A_t =
-    (G_t - mean) / std over all tokens of a group in a step; zeros if its returns are equal."""
+    """Lists of B returns [T] and B groups -> (B advantages [T], number of groups whose returns are
+    all equal; their advantages are 0). A_t = (G_t - mean) / std over a group's tokens in a step."""
     out, degenerate = [None] * len(returns), 0
     for group in set(groups):
         members = [i for i, g in enumerate(groups) if g == group]
@@ -255,9 +253,9 @@ def advantages(returns, groups):
 
 
 def reinforce_loss(logp_N, logp_old_N, advantage_N, eps):
-    """(sum over tokens of -min(rho A, clip(rho, 1 - eps, 1 + eps) A), number of tokens whose
-    gradient is clipped away). rho = pi / pi_old. A sum, not a mean: the caller divides by the token
-    count of the whole update, so that micro-batches of any size give the same gradient."""
+    """-> (sum over tokens of -min(rho A, clip(rho, 1 - eps, 1 + eps) A), rho = pi / pi_old; number
+    of tokens whose gradient is clipped away). A sum, not a mean: the caller divides by the tokens
+    of the whole update, so that micro-batches of any size give the same gradient."""
     rho_N = (logp_N - logp_old_N).exp()
     clipped_N = rho_N.clamp(1 - eps, 1 + eps)
     loss_N = -torch.minimum(rho_N * advantage_N, clipped_N * advantage_N)
@@ -271,15 +269,13 @@ def published_ablation(role):
 
 
 def draw_seeds(seeds, step):
-    """(1) A step's games -> list of (kind, seed). Each half walks its seeds, shuffled per epoch."""
-    games = []
-    n_benign = round(BENIGN_FRACTION * SEEDS_PER_STEP)
-    both = halves(seeds)
-    for harmful, n in ((True, SEEDS_PER_STEP - n_benign), (False, n_benign)):
-        half = both[0] if harmful else both[1]
+    """(1) A step's games -> list of (kind, seed). Each half's order is shuffled once an epoch."""
+    games, n_benign = [], round(BENIGN_FRACTION * SEEDS_PER_STEP)
+    numbers = SEEDS_PER_STEP - n_benign, n_benign
+    for harmful, half, n in zip((True, False), halves(seeds), numbers):
         share = 0 if published_ablation("defender") else ATTACKED
-        attacked = random.Random(f"{SEED} attacked {harmful} {step}")
-        attacked = attacked.sample(range(n), int(share * n + 0.5))  # a half is one more
+        rng = random.Random(f"{SEED} attacked {harmful} {step}")
+        attacked = rng.sample(range(n), int(share * n + 0.5))  # .5 rounds up
         for i, seed in enumerate(walk(half, n, step, f"{SEED} {harmful}")):
             kind = "generated" if i in attacked else "vanilla"
             if kind == "generated" or not published_ablation("attacker"):
@@ -288,8 +284,8 @@ def draw_seeds(seeds, step):
 
 
 def play(attacker, defender, tok, scorer, games, generator, temperature=1.0, likeness=None):
-    """(2)-(5) Play the games (kind, seed, pool item if replayed) -> Turns of both roles with labels
-    and rewards. No gradient here. temperature: 0 in (8). likeness: SSP's; None: all is relevant."""
+    """(2)-(5) Play games (kind, seed[, pool item]) -> Turns of both roles with labels and rewards.
+    scorer: a judge. temperature: 0 in (8). likeness: a replay.Likeness for `relevant`, or None."""
     # (2) the attacker rewrites; its thinking stays hidden
     drafts = []
     for g, (kind, seed, *_) in enumerate(games):
@@ -308,23 +304,23 @@ def play(attacker, defender, tok, scorer, games, generator, temperature=1.0, lik
     replies = complete(defender, tok, drafts, COT and not chat, REPLY_TOKENS, temperature,
                        SAMPLE_BATCH, generator, ROLLOUT)
     # (4) the judge sees (request, reply), and (seed, attack): does the attacker decline? With SSP
-    # also (seed, reply): what was asked for in disguise counts as half of the reply's score
+    # also (seed, reply): half of the score is for what the reply gives to the undisguised seed
     disguised = [t for t in replies if METHOD == "ssp" and t.request != t.seed["prompt"]]
-    labels, rewrites, undisguised = judge.classify_lists(
+    labels, attack_labels, seed_labels = judge.classify_lists(
         scorer, [(t.request, t.answer) for t in replies],  # one a game: labels[g] is game g's
         [(t.seed["prompt"], t.answer) for t in attacks],
         [(t.seed["prompt"], t.answer) for t in disguised])
-    facts, to_seed = {}, {t.game: x for t, x in zip(disguised, undisguised)}
-    for t, x in zip(attacks, rewrites):
+    about_attack, to_seed = {}, {t.game: x for t, x in zip(disguised, seed_labels)}
+    for t, x in zip(attacks, attack_labels):
         relevant = not likeness or likeness.cosines(t.answer, [t.seed["prompt"]])[0] >= RELEVANT
         declined = x.response_refusal is True or x.empty
-        facts[t.game] = dict(declined=declined, relevant=bool(relevant))
+        about_attack[t.game] = dict(declined=declined, relevant=bool(relevant))
     # (5) a reward for each turn
     turns = []
     for t in attacks + replies:
-        # both turns of a game get the labels of its reply, and what is known of its attack
-        t = dataclasses.replace(t, labels=labels[t.game], **facts.get(t.game, {}))
-        if t.game in to_seed and not has_drifted(t):
+        # both turns of a game get the labels of its reply, and whether its attack is void
+        t = dataclasses.replace(t, labels=labels[t.game], **about_attack.get(t.game, {}))
+        if t.game in to_seed and not is_void(t):
             t = dataclasses.replace(t, labels=mean_of(t.labels, to_seed[t.game]))
         turns.append(dataclasses.replace(t, reward=turn_reward(t, t.labels)))
     return turns
@@ -332,7 +328,7 @@ def play(attacker, defender, tok, scorer, games, generator, temperature=1.0, lik
 
 # ---- one update ----------------------------------------------------------------------------------
 def scored(model, turns, part):
-    """Log-probs and entropies [N] of turns[i], i in part, end to end. model: also {role: model}."""
+    """(logp_N, entropy_N) of the turns at the indices `part`. model: one, or {role: model}."""
     model = model[turns[part[0]].role] if isinstance(model, dict) else model
     return shards.call(token_logprobs, model, [turns[i].prompt_ids for i in part],
                        [turns[i].ids for i in part])
@@ -354,8 +350,8 @@ def logprobs_of(model, turns):
 
 
 def update(model, optimizer, turns, advantage, old, sft_batch, lr):
-    """(7) A step on turns, advantages [T], old log-probs [T] (None: on-policy) -> dict of sums.
-    Several processes share the micro-batches; optimizer.step sums their gradients."""
+    """(7) One optimizer step. advantage, old (None: on-policy): a tensor [T] for each turn -> dict:
+    sums over tokens of entropy, clipped, gap (|log-prob - sampling's|); sft, grad_norm, skipped."""
     tokens = sum(len(t.ids) for t in turns)
     out = dict(entropy=0.0, clipped=0, gap=0.0)
     defender = model["defender"] if isinstance(model, dict) else model
@@ -386,7 +382,7 @@ def update(model, optimizer, turns, advantage, old, sft_batch, lr):
 
 
 def learn(model, ref, optimizer, turns, sft, step):
-    """(6)-(7) Train on the step's undropped turns whose role learns -> dict of metrics."""
+    """(6)-(7) Train on the turns that have a reward and whose role learns -> dict of metrics."""
     turns = [t for t in turns if t.reward is not None and ROLES in ("both", t.role)]
     if not turns:
         return dict(kl=0.0, entropy=0.0, lr=0.0, degenerate=2, grad_norm=0.0, sft=0.0,
@@ -405,11 +401,11 @@ def learn(model, ref, optimizer, turns, sft, step):
     order, total = rng.sample(range(len(turns)), len(turns)), collections.Counter()
     horizon = HORIZON * UPDATES
     for u in range(min(UPDATES, len(order))):
-        at = order[u::UPDATES]
+        idx = order[u::UPDATES]
         lr = LR * cosine_with_warmup(step * UPDATES + u, horizon, math.ceil(WARMUP * horizon))
         batch = sft_rng.sample(sft, min(SFT_BATCH, len(sft))) if SFT_COEF else []
-        total.update(update(model, optimizer, [turns[i] for i in at], [advantage[i] for i in at],
-                            old and [old[i] for i in at], batch, lr))
+        total.update(update(model, optimizer, [turns[i] for i in idx],
+                            [advantage[i] for i in idx], old and [old[i] for i in idx], batch, lr))
     tokens, n = total["tokens"], min(UPDATES, len(order))
     seen = tokens if RL_COEF else math.nan  # without RL nothing is scored
     return dict(kl=kl, entropy=total["entropy"] / seen, lr=lr, degenerate=degenerate,
@@ -421,13 +417,13 @@ def learn(model, ref, optimizer, turns, sft, step):
 # ---- the loop ------------------------------------------------------------------------------------
 def players(r):
     """(attacker, defender): the model in the roles that learn, the frozen start in the other."""
-    frozen = dict(attacker=ROLES == "defender", defender=ROLES == "attacker")
-    return tuple(r.ref if frozen[role] else r.policy[role] for role in ("attacker", "defender"))
+    return (r.ref if ROLES == "defender" else r.policy["attacker"],
+            r.ref if ROLES == "attacker" else r.policy["defender"])
 
 
 def evaluate(r, step):
     """(8) Greedy games on dev seeds after `step` steps -> metrics dev_*; {} between evaluations."""
-    if not EVAL_EVERY or step % EVAL_EVERY and step != STEPS:
+    if not EVAL_EVERY or (step % EVAL_EVERY and step != STEPS):
         return {}
     cut = judge.cuts(r.scorer)
     turns = play(*players(r), r.tok, r.scorer, held_back.games(r.dev), None, 0.0, r.pool.likeness)
@@ -450,7 +446,7 @@ def one_step(r, step):
     sft = list(r.sft)
     if METHOD == "ssp":
         defended = [t for t in turns if t.role == "defender"]
-        # new failures are asked again here, which trains nothing; distilled: see selfplay/replay.py
+        # asks new failures again, which trains nothing; distilled: safe replies, as SFT examples
         m.update(r.pool.experience(games, defended, r_def, lambda games: play(
             *players(r), r.tok, r.scorer, games, generator)))
         for text in r.pool.distilled:
@@ -473,8 +469,7 @@ def main(argv):
     tracker = monitor.Tracker(TRACKER if parallel.is_first() else "", RUN, meta["constants"], out)
     print(f"{len(r.seeds)} seeds | {run.machine()} | {r.ref.dtype} | SFT examples {len(r.sft)}")
     if EVAL_EVERY and not r.first:
-        m = dict(step=0, **evaluate(r, 0))
-        parallel.once(monitor.write_metrics, out / "metrics.csv", m)
+        parallel.once(monitor.write_metrics, out / "metrics.csv", dict(step=0, **evaluate(r, 0)))
     with progress.bar(STEPS, "steps", "step", leave=True) as bar:
         bar.update(r.first)
         saved, skipped = r.first, 0
@@ -492,15 +487,15 @@ def main(argv):
                     parallel.once(session.save, globals(), r, step + 1, r.optimizer.tensors())
                 saved = step + 1
             if skipped == 3:
-                die(f"three steps in a row were not finite; their updates were left out and "
+                die("three steps in a row had updates that were not finite; these were left out, "
                     f"checkpoints/{RUN}/step_{saved:06d} was saved: lower LR, with another RUN=")
     parallel.once(monitor.write_curves, out, r.pool if METHOD == "ssp" else None)
     tracker.finish()
-    those = "" if RUN == "02_rl" else f" CHECKPOINTS=smollm2,{MODEL},checkpoints/{RUN}"
-    for recipe in set(argv) & set(run.RECIPES):  # what it begins with is the base then
-        those = f" {recipe} BASE={MODEL} CHECKPOINTS={MODEL},checkpoints/{RUN}"
+    options = "" if RUN == "02_rl" else f" CHECKPOINTS=smollm2,{MODEL},checkpoints/{RUN}"
+    for recipe in set(argv) & set(run.RECIPES):  # the recipe's MODEL is 03's BASE
+        options = f" {recipe} BASE={MODEL} CHECKPOINTS={MODEL},checkpoints/{RUN}"
     print(f"made checkpoints/{RUN}/step_{STEPS:06d} and {run.short(out)}/curves.png; "
-          f"next: python 03_evaluate.py{those}")
+          f"next: python 03_evaluate.py{options}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python 03_evaluate.py [DATA_DIR=<folder with HarmBench, XSTest, MMLU, ...>] [LIMIT=20]
     python 03_evaluate.py CROSSPLAY=checkpoints/02_rl/step_000020,checkpoints/02_rl/step_000060
 
-Claim to check (SRT, arXiv 2506.07468, section 4): self-play lowers the attack success rate (ASR),
-the share of harmful answers, and the model neither refuses benign requests nor unlearns. Cost:
+Claim to check (SRT, arXiv 2506.07468, section 4): self-play lowers the attack success rate (ASR:
+the share of harmful answers) without more refusals of benign requests or loss of capability. Cost:
 about 500 answers a checkpoint, 3000 more with DATA_DIR. A killed run, started again, ends with the
 same bytes (on a CPU). Choose anything by SPLIT=dev; look at SPLIT=test once, at the end.
 
@@ -17,9 +17,9 @@ same bytes (on a CPU). Choose anything by SPLIT=dev; look at SPLIT=test once, at
    (answers; prompts of DATA_DIR as SHA-256 only), .labels.jsonl and, by JUDGE2, .labels2.jsonl.
 
 Departures from the paper: (1) With the embedded judge, compare rows with each other only. (2) The
-base model is asked in its own chat template, and by "smollm2@turns" in the turn format that it does
-not know: a row of its own, since prompt and training both have an effect. (3) An empty answer
-to a benign prompt is no compliance. (4) An empty attack has failed and stays in n. (5) HarmBench's
+base model has two rows: asked in its own chat template and, as "smollm2@turns", in the turn format,
+which it never learnt. Their difference is the effect of the prompt alone. (3) An empty answer to a
+benign prompt is no compliance. (4) An empty attack has failed and stays in n. (5) HarmBench's
 80 copyright items are judged like the rest (published: by hashes), and StrongREJECT's answers too
 (published: by a rubric of its own, 0 to 1)."""
 import collections
@@ -48,7 +48,7 @@ from selfplay.turns import (Turn, attacker_prompt, check_prompts, complete, defe
 # ==================================================================================================
 CHECKPOINTS = "smollm2,smollm2@turns,checkpoints/01_sft,checkpoints/02_rl"  # folders (of a run: its
 #                           newest step) or hub ids; NAME@turns or NAME@chat says how it is asked
-BASE = "smollm2"          # its defender answers everybody's attacks: attacks_on_base (ours)
+BASE = "smollm2"          # model that answers the attacks of all: row attacks_on_base (ours)
 RUN = "03"                # names results/runs/RUN
 SEEDS = "prompts/seeds.jsonl"  # files of seeds, see load_seeds() in selfplay/data.py
 SPLIT: Literal["dev", "test"] = "dev"  # of SEEDS: dev to choose by, test for the last table (ours)
@@ -61,7 +61,7 @@ LIMIT = 0                 # prompts a benchmark, questions a task at most, evenl
 JUDGE = "embedded"        # "embedded", "allenai/wildguard" (paper); a folder with one or the other
 JUDGE2 = "embedded2"      # a second opinion, never a reward; values as JUDGE, "" = none (ours)
 JUDGE_QUANTIZE: Literal["auto", "nf4", "none"] = "auto"  # see judge.py (hardware)
-FORMAT: Literal["turns", "chat"] = "turns"  # this repo's checkpoints: hidden thinking, or template
+FORMAT: Literal["turns", "chat"] = "turns"  # how our checkpoints are asked: turn format or template
 BASE_FORMAT: Literal["turns", "chat"] = "chat"  # models that never saw the turn format (ours)
 EVAL_TOKENS = 128         # longest answer, tokens (ours; --paper: 2048)
 ATTACK_TOKENS = 128       # longest attacker turn, tokens (ours; --paper: 2048)
@@ -83,14 +83,14 @@ GPU24 = dict(PAPER, BASE_QUANT="nf4", EVAL_TOKENS=1024, ATTACK_TOKENS=1024, SAMP
 SHOWN = ("attacker_system.txt", "attacker_harmful.txt", "defender.txt", "format_cot.txt",
          "format_plain.txt")  # prompts that the models see here
 
-# A file <benchmark>.jsonl in the attacker's folder that the defender writes: "attacks", answers to
-# them (by answers_name), or those to a benchmark or task, where one model is both.
+# The model `defender` writes <benchmark>.jsonl in the folder of `attacker`. benchmark: "attacks", a
+# name by answers_name() (answers to them), or a benchmark or task: there both are the same model.
 Job = collections.namedtuple("Job", "attacker benchmark defender")
 
 
 def collect(source):
-    """{benchmark: [{id, prompt, benchmark, harmful, text_ships}]}, LIMIT applied: the seeds,
-    and those of source, a folder or "hub"."""
+    """The seeds of SPLIT and the benchmarks in `source` (folder, "hub" or None), LIMIT applied ->
+    {benchmark: [dict(id, prompt, benchmark, harmful, text_ships: may results hold its text?)]}."""
     found, ships = dict(seeds_harmful=[], seeds_benign=[]), SEEDS == "prompts/seeds.jsonl"
     for seed in load_seeds(SEEDS, SPLIT):
         name = "seeds_harmful" if seed["harmful"] else "seeds_benign"
@@ -104,8 +104,8 @@ def collect(source):
     return found
 
 
-def find_judge(name):
-    """What the labels of a judge depend on, as a digest; stops where the judge cannot be had."""
+def judge_digest(name):
+    """A digest of all that a judge's labels depend on. Stops if the judge is missing."""
     adapter = judge.adapter_of(name)
     for file in (adapters.CONFIG, adapters.WEIGHTS, "calibration.json") if adapter else ():
         if not (adapter / file).is_file():
@@ -115,9 +115,9 @@ def find_judge(name):
 
 
 def check_folder(folder, checkpoint, base, digests, defenders):
-    """Stop if `folder` has answers made otherwise or to other prompts ({name: digest}) -> (what
-    `fixed` of its meta.json has to become, None if nothing changes; files of answers to its attacks
-    that another checkpoint gave). defenders: {name of such a file: digest of who answers now}."""
+    """Stop if `folder` holds answers made with other constants, weights or prompts. digests: {name
+    of benchmark: digest of its prompts}; defenders: {file of answers to its attacks: digest of who
+    answers now} -> (new `fixed` for its meta.json, None if unchanged; files with old answers)."""
     fixed = dict(EVAL_TOKENS=EVAL_TOKENS, ATTACK_TOKENS=ATTACK_TOKENS, SEED=SEED, DTYPE=DTYPE,
                  BASE_QUANT=BASE_QUANT, PROMPT_TOKENS=PROMPT_TOKENS, FORMAT=checkpoint.style,
                  COT=checkpoint.cot, checkpoint=checkpoint.digest, base=base.digest,
@@ -130,8 +130,8 @@ def check_folder(folder, checkpoint, base, digests, defenders):
     for name, digest in defenders.items():
         if old.get(name, digest) != digest:
             stale += [*folder.glob(f"{name}.jsonl"), *folder.glob(f"{name}.labels*.jsonl")]
-    fixed |= defenders
-    return old | fixed if old | fixed != old else None, stale
+    made = old | fixed | defenders
+    return (made if made != old else None), stale
 
 
 def open_folders(base, checkpoints, players, prompts):
@@ -332,11 +332,11 @@ def clock(file, start):
 
 
 def score_and_write(base, checkpoints, players, folders, results, judges, benchmarks, tasks, sizes,
-                    meta):
+                    meta, embed):
     """(4) and (5) of the docstring, from the files that the steps before have made."""
     # (4) score
     seeds = [seed["prompt"] for seed in load_seeds(SEEDS)]
-    embed, scores, changes = attackers.load_embedder(EMBEDDER), {}, {}
+    scores, changes = {}, {}
     for c in checkpoints:
         scores[c.label] = summarize(c, folders[c.label], base, benchmarks, tasks, seeds, embed)
     for before, c in zip(checkpoints, checkpoints[1:]):
@@ -380,9 +380,10 @@ def main(argv):
     if JUDGE2 == JUDGE:
         die(f"JUDGE2={JUDGE2} is JUDGE too: a second opinion needs another judge")
     suffixes = {JUDGE: "labels", JUDGE2: "labels2"} if JUDGE2 else {JUDGE: "labels"}
-    judges = [(name, find_judge(name), suffix) for name, suffix in suffixes.items()]
+    judges = [(name, judge_digest(name), suffix) for name, suffix in suffixes.items()]
     if EMBEDDER and not locate(EMBEDDER):
         models.check_hub(EMBEDDER)  # stops by itself
+    embed = attackers.load_embedder(EMBEDDER)  # a damaged one shows now
     prompts = benchmarks | tasks
     sizes = {name: len(items) for name, items in prompts.items()}
     folders, results, meta = open_folders(base, checkpoints, players, prompts)
@@ -407,7 +408,7 @@ def main(argv):
         note(suffix)
 
     parallel.once(score_and_write, base, checkpoints, players, folders, results, judges,
-                  benchmarks, tasks, sizes, meta)
+                  benchmarks, tasks, sizes, meta, embed)
     note("score")
 
 

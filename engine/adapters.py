@@ -34,11 +34,8 @@ def attach(model, folder, read_tensors):
         model.add_adapter(LoraConfig.from_pretrained(str(folder)))
     except Exception as problem:  # of many types; each means a config that does not fit
         die(f"{short(folder / CONFIG)} does not fit the model ({str(problem)[:80]})")
-    want, found = {}, {}
-    for name, x in model.get_adapter_state_dict().items():
-        want[name] = x.shape
-    for name, x in tensors.items():
-        found[name.removeprefix("base_model.model.")] = x
+    want = {name: x.shape for name, x in model.get_adapter_state_dict().items()}
+    found = {name.removeprefix("base_model.model."): x for name, x in tensors.items()}
     if want != {name: x.shape for name, x in found.items()}:
         die(f"{short(folder)}: an adapter of another model or rank, or damaged")
     if not all(x.isfinite().all() for x in found.values()):
@@ -83,6 +80,7 @@ def choose_weights(model, rank, alpha, seed):
 def tidy(folder, base):
     """Put peft's config in a fixed order, name its base, drop what the library saves beside it."""
     (folder / "generation_config.json").unlink(missing_ok=True)
-    config = read_json(folder / CONFIG)
-    config |= {BASE: base, "target_modules": sorted(config["target_modules"])}
+    config = dict(read_json(folder / CONFIG), **{BASE: base})
+    if isinstance(config["target_modules"], list):  # not a pattern
+        config["target_modules"].sort()
     write_text(folder / CONFIG, json.dumps(config, indent=1, sort_keys=True))

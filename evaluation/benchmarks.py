@@ -1,8 +1,7 @@
 """The benchmarks of 03_evaluate.py: where each one lies, which rows count, one loader for all.
 
 They come from a folder with the files as their authors publish them, or from the Hugging Face hub.
-A missing benchmark is skipped with a line. A bad file (no UTF-8, a missing column, a row without
-text) stops the run with its name and line."""
+A bad file (no UTF-8, a missing column, a row without text) stops the run with its name and line."""
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,8 +60,7 @@ BENCHMARKS = [Benchmark(*line) for line in (
 def find_files(folder, patterns):
     """The files of the first pattern (of several, spaces between) that `folder` has, by name."""
     for pattern in patterns.split():
-        files = sorted(folder.glob(pattern))
-        if files:
+        if files := sorted(folder.glob(pattern)):
             return files
     return []
 
@@ -95,8 +93,8 @@ def load_benchmarks(source):
 
 
 def items_of(b, place, rows, several=False):
-    """Rows [(line number, dict)] -> the items that count. several: ids begin with the file's name.
-    Column names match in any case."""
+    """Rows [(line number, dict)] of the file `place` -> items of load_benchmarks(), for rows that
+    `b` keeps. several: ids begin with the file's name. A missing column or empty prompt stops."""
     items = []
     for number, (line, row) in enumerate(rows, 1):
         row = {name.strip().lower(): value for name, value in row.items()}

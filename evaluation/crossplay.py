@@ -11,8 +11,8 @@ from selfplay.data import read_rows
 
 
 def cross_play(players, folders, base, second=False):
-    """The summary's `crossplay`, from the labels in folders {checkpoint label: folder}. players:
-    the checkpoints in order of training. second: the matrix by JUDGE2 too, as `judge2_asr`."""
+    """The labels in folders {checkpoint label: folder} -> dict as of cross(). players: checkpoints
+    in order of training. second: also `judge2_asr`, the matrix by JUDGE2."""
     labels = [player.label for player in players]
     past = histories(players, base, lambda player: parent_of(player, players, None))
     out = cross(read_games(players, folders, base, "labels"), labels, past)
@@ -57,11 +57,11 @@ def margins(games, late, earlier):
     """Late player against early one (the first of `earlier`): differences of ASR, paired by seed
     (NaN in one: left out). defender: earlier attackers against the late minus the early defender;
     negative is better. attacker: late minus early on the early defender; positive is stronger."""
-    early, harder = earlier[0], 0
+    early, total = earlier[0], 0
     for attacker in earlier:
-        harder += games[attacker][late] - games[attacker][early]
+        total += games[attacker][late] - games[attacker][early]
     return dict(late=late, early=early, earlier=earlier,
-                defender=mean_change(harder / len(earlier)),
+                defender=mean_change(total / len(earlier)),
                 attacker=mean_change(games[late][early] - games[early][early]))
 
 

@@ -24,11 +24,11 @@ def measure(turns, tok, embed):
     every["think"] = every["thinking"].map(tok.tokenize).map(len)
     every["said"] = every["answer"].map(tok.tokenize).map(len)
     attacks, replies = every[every["role"] == "attacker"], every[every["role"] == "defender"]
-    judged = dict(list(replies[replies["parsed"]].groupby("kind")))
-    none = replies[:0]
-    plain, attacked = judged.get("vanilla_harmful", none), judged.get("generated_harmful", none)
-    benign = judged.get("vanilla_benign", none)
-    attacked_benign = judged.get("generated_benign", none)
+    judged = replies[replies["parsed"]]
+    plain = judged[judged["kind"] == "vanilla_harmful"]
+    attacked = judged[judged["kind"] == "generated_harmful"]
+    benign = judged[judged["kind"] == "vanilla_benign"]
+    attacked_benign = judged[judged["kind"] == "generated_benign"]
     own = attacks[attacks["kind"].eq("generated_harmful") & attacks["answer"].ne("")]
     diversity = cosine = float("nan")
     if len(own) > 1:

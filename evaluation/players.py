@@ -38,7 +38,7 @@ def find_checkpoint(name, style, base_style):
         die(f"{brief(name)}: no complete checkpoint: run 01_sft_warmup.py, then 02_selfplay_rl.py"
             + (", or python bench/claims.py" if name.startswith("adapters/") else ""))
     meta, constants = path / "meta.json", {}
-    if meta.is_file() and read_json(meta).get("stage") != "engine":  # that of 00_base
+    if meta.is_file() and read_json(meta).get("stage") != "engine":  # not the unpacked smollm2
         constants = read_json(meta, constants=dict)["constants"]
         check_fields(dict(COT=True) | constants, short(meta), dict(COT=bool))
     label = path.resolve().name

@@ -17,7 +17,7 @@ from selfplay.data import read_rows
 
 FILES = ("metrics.csv", "table.md", "summary.json", "times.json", "meta.json")
 PICTURES = ("curves.png", "rates.png", "crossplay.png")
-COLORS = 64               # of a picture: a quarter of its size, nothing to be seen of it (ours)
+COLORS = 64               # of a picture: a quarter of the bytes, and it looks the same (ours)
 
 
 def shippable(games, seeds):
@@ -33,7 +33,11 @@ def shippable(games, seeds):
 
 def shrink(picture, target):
     """Write a picture with COLORS colours."""
-    Image.open(picture).quantize(COLORS).save(target, optimize=True)
+    try:
+        image = Image.open(picture).quantize(COLORS)
+    except (OSError, SyntaxError) as problem:  # what PIL raises at damaged files
+        run.die(f"{run.short(picture)}: a damaged picture ({str(problem)[:60]}): make it anew")
+    image.save(target, optimize=True)
 
 
 def publish(name):
@@ -46,17 +50,19 @@ def publish(name):
         run.die(f"{run.short(source)}/meta.json lacks one of {', '.join(made)}: make the run again")
     games = read_rows(source / "games.jsonl", "seed", "request", "kind", heal=False)
     games = shippable(games, meta["constants"].get("SEEDS"))
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    run.write_text(target / "published.json", json.dumps(made, indent=1))
+    tmp = target.with_name(f"{name}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    run.write_text(tmp / "published.json", json.dumps(made, indent=1))
     if games:
         sample = "\n".join(map(json.dumps, batching.evenly(games, 50)))
-        run.write_text(target / "games_sample.jsonl", sample + "\n")
+        run.write_text(tmp / "games_sample.jsonl", sample + "\n")
     for path in source.iterdir():
         if path.name in FILES:
-            shutil.copy(path, target)
+            shutil.copy(path, tmp)
         elif path.name in PICTURES:
-            shrink(path, target / path.name)
+            shrink(path, tmp / path.name)
+    run.replace_folder(tmp, target)
     size = sum(path.stat().st_size for path in target.iterdir())
     print(f"made {run.short(target)}: {size / 1e3:.0f} kB, of {len(games)} games that may go")
 

@@ -31,8 +31,8 @@ WINDOW = 10               # steps a thick line is the mean of (as in curves.png)
 # ==================================================================================================
 
 
-def read_metrics(path):
-    """metrics.csv -> rows of cells, the header first; without a row that is still being written."""
+def metrics_cells(path):
+    """metrics.csv -> rows of texts, the header first; without a row that is still being written."""
     rows = list(csv.reader(run.read_log(path, heal=False).splitlines()))
     if len(rows) < 2 or "step" not in rows[0]:
         run.die(f"{run.short(path)}: no column or row of steps")
@@ -58,13 +58,13 @@ def shipped_seeds():
 
 
 def read_games(name):
-    """games.jsonl of a run -> its games with `group`, the run, and `text`, the seed's (or None).
-    A game has its seed's id only. The text is that of a game which showed the seed unattacked. The
-    repository's texts are used too, unless such a game contradicts them: it had other seeds."""
+    """games.jsonl of a run -> its games, with `group` (the run) and `text` (the seed's, or None).
+    The file has the seed's id only. Its text is known from a game that showed the seed unattacked,
+    or from prompts/seeds.jsonl, unless the two differ for one id: then the run had other seeds."""
     games, shipped = read_rows(run.RUNS / name / "games.jsonl", "seed", "request", "kind",
                                heal=False), shipped_seeds()
     shown = {x["seed"]: x["request"] for x in games if x["kind"].startswith("vanilla")}
-    agree = shown | shipped == shipped | shown  # on the texts that both have
+    agree = (shipped | shown) == (shown | shipped)  # no id has two texts
     seeds = shipped | shown if agree else shown
     for game in games:
         game.update(group=name, text=seeds.get(game["seed"]))
@@ -135,7 +135,7 @@ def main(argv):
         texts = shipped_seeds()
     metrics, games, answers = {}, [], []
     for name in names:
-        metrics[name] = read_metrics(run.RUNS / name / "metrics.csv")
+        metrics[name] = metrics_cells(run.RUNS / name / "metrics.csv")
         games += read_games(name)
     attackers = summary.get("crossplay", {}).get("attackers", [])
     for label in dict.fromkeys([*summary.get("checkpoints", {}), *attackers]):

@@ -16,8 +16,8 @@ COLUMNS = "id answer empty well_formed cut parsed response_harmful response_refu
 
 
 def rate(values):
-    """True or False, or means of them; None is left out -> mean_interval() of them. Where all are
-    False, or all are True, a bootstrap has no width: there the interval is Wilson's (1927)."""
+    """Booleans, or means of booleans; None is left out -> dict(rate, low, high, n), 95 % interval:
+    mean_interval()'s bootstrap or, where it has no width (all False, all True), Wilson's (1927)."""
     out = mean_interval(values)
     if out["n"] and out["low"] == out["high"] and out["rate"] in (0.0, 1.0):
         test = stats.binomtest(round(out["rate"] * out["n"]), out["n"])
@@ -36,7 +36,7 @@ def mean_interval(values):
 
 
 def mean_change(values):
-    """mean_interval() of changes; where all are alike, it is as wide as left_open()."""
+    """mean_interval() of changes. Where all are alike it has no width: it gets +- left_open(n)."""
     out = mean_interval(values)
     if out["n"] and out["low"] == out["high"]:
         out["low"] -= left_open(out["n"])
@@ -45,7 +45,7 @@ def mean_change(values):
 
 
 def left_open(n):
-    """The share of prompts that may still change where none of n did: (1 - share)^n = .025."""
+    """97.5 % upper limit of the share of prompts that change if none of n did: (1 - x)^n = .025."""
     return 1 - 0.025 ** (1 / n)
 
 

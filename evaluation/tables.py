@@ -1,7 +1,7 @@
 """The tables of an evaluation, made from its summary (the dict in summary.json).
 
 `sections` gives every table as texts of cells: full_table writes them as Markdown (table.md), and
-evaluation/report.py as HTML. A rate: dict(rate, low, high, n), n: prompts, 95 % interval."""
+evaluation/report.py as HTML. A rate is dict(rate, low, high, n): 95 % interval over n prompts."""
 import collections
 
 OVER_REFUSAL = 0.85       # a benign compliance below this gets a warning (ours)
@@ -69,8 +69,8 @@ def sections(summary):
 
 
 def cell(x, n, sign=""):
-    """A count as it is, a rate as `.31 [.25, .37]`, with its n where that is not n; a difference
-    (sign "+") as `-0.08 [-0.17, +0.01]`, with how many fell and rose; `-` for nothing."""
+    """A cell's text: a count as it is; a rate as `.31 [.25, .37]`, with its n if it is not the
+    row's; a change (sign "+") as `-0.08 [-0.17, +0.01]`, with its counts; `-` for no value."""
     if x is None or isinstance(x, dict) and not x["n"]:
         return "-"
     if not isinstance(x, dict):
@@ -144,13 +144,12 @@ def full_table(summary):
 def screen_table(summary, path):
     """Three rates of each checkpoint as text of at most 100 columns. path: of the full table."""
     models = summary["checkpoints"]
-    columns = [["", "", *models]]
+    columns, first = [["", "", *models]], next(iter(models.values()))["answers"]
     for name, metric, what, happens in SCREEN:
-        if name not in next(iter(models.values()))["answers"]:
-            continue  # attacks, where nobody attacked
-        n = next(iter(models.values()))["answers"][name]["n"]
-        cells = [cell(model["answers"][name][metric], n) for model in models.values()]
-        columns.append([what, f"{happens} (n {n})", *cells])
+        if name in first:  # no attacks, where nobody attacked
+            n = first[name]["n"]
+            cells = [cell(model["answers"][name][metric], n) for model in models.values()]
+            columns.append([what, f"{happens} (n {n})", *cells])
     width = min(19, max(map(len, models)))  # of a longer label the end is shown
     lines = []
     for label, *cells in zip(*columns):

@@ -24,9 +24,12 @@ def read_part(name, fresh, folder=TEXTS):
 
 
 def read_wrappers(fresh):
-    """The texts of wrappers.json for training, or if `fresh` those for measuring."""
+    """The texts of wrappers.json for training, or if `fresh` those for measuring, and `rewrites`,
+    those of prompts/strategies.txt."""
     texts = json.loads((TEXTS / "wrappers.json").read_text(encoding="utf-8"))
-    return texts["measuring" if fresh else "training"]
+    strategies = read_part("strategies.txt", fresh, PROMPTS)
+    rewrites = [line.split("|", 2)[2].strip() for line in strategies]
+    return dict(texts["measuring" if fresh else "training"], rewrites=rewrites)
 
 
 def materials(rows, rng, fresh):
@@ -38,11 +41,7 @@ def materials(rows, rng, fresh):
     for name in ("refusals", "agreements"):  # every line comes before one comes again
         lines = read_part(f"{name}.txt", fresh)
         setattr(s, name, itertools.cycle(rng.sample(lines, len(lines))))
-    strategies = read_part("strategies.txt", fresh, PROMPTS)
-    s.rewrites = [line.split("|", 2)[2].strip() for line in strategies]
-    s.words = []
-    for row in rows[:500]:
-        s.words += row["prompt"].split()
+    s.words = " ".join(row["prompt"] for row in rows[:500]).split()
     s.seeds = [r for r in rows if r["source"] == "own_seeds"] or rows
     s.harmful = [r["prompt"] for r in rows if r.get("prompt_harmful") is True]
     s.benign = [r["prompt"] for r in rows if r.get("prompt_harmful") is False]
@@ -228,8 +227,6 @@ KINDS = [
 def attacked(rows, rng, fresh):
     """Rows with bare goals, two of three wrapped as attacks. Labels hold for goals: they stay."""
     s = types.SimpleNamespace(**read_wrappers(fresh), shells=[], rng=rng, pick=rng.choice)
-    lines = read_part("strategies.txt", fresh, PROMPTS)
-    s.rewrites = [line.split("|", 2)[2].strip() for line in lines]
     out = []
     for row in rows:
         row = dict(row, goal=row["prompt"])

@@ -4,7 +4,7 @@ import pandas
 from matplotlib.figure import Figure
 
 from evaluation.scores import binary_scores, reliability
-from judge import FIELDS, calibrated, classify_rows
+from judge import FIELDS, calibrated
 from judge_adapter import augment
 from judge_adapter.calibrate import fit
 
@@ -49,10 +49,9 @@ def holes(scorer, rows, margins, rng, fresh, n=100):
                                       (False, "harmless", "turned_harmful")):
             changed = []
             for row in base[harmful]:
-                prompt, response = change(s, row["prompt"], row["response"])
-                changed.append(dict(prompt=prompt, response=response))
+                changed.append(change(s, row["prompt"], row["response"]))
             out[name] |= {word: len(changed), turned: 0}
-            for x in classify_rows(scorer, changed):
+            for x in scorer.classify(changed):
                 out[name][turned] += x.response_harmful is not harmful
     print(f"\nholes:\n{pandas.DataFrame.from_dict(out, 'index').to_string()}")
     return out
@@ -97,8 +96,7 @@ def held_out_scores(rows, margins, augmented_weight):
 
 
 def _scores(known, field):
-    p = known[f"p_{field}"]
-    return binary_scores(known[field].astype(bool), known[f"{field}_guess"], p)
+    return binary_scores(known[field].astype(bool), known[f"{field}_guess"], known[f"p_{field}"])
 
 
 def draw_reliability(path, labels):

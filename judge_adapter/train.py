@@ -212,8 +212,7 @@ def loss_of(scorer, rows, encoded, fed):
     loss_BT = torch.nn.functional.cross_entropy(logits, target_BT.flatten(), reduction="none")
     loss_BT = loss_BT.view(target_BT.shape)
     answers = torch.zeros(target_BT.shape[1], dtype=torch.bool)
-    places = [len(first), len(first) + 1 + len(second), -1]
-    answers[places] = True
+    answers[[len(first), len(first) + 1 + len(second), -1]] = True
     answer = loss_BT[:, answers].sum() / (target_BT[:, answers] >= 0).sum()
     return answer, answer + LINE_LOSS * loss_BT[:, ~answers].mean()
 
@@ -262,7 +261,7 @@ def train(scorer, rows, state_file):
 
 
 def train_adapter(rows):
-    """A LoRA on the embedded model -> judge_adapter/."""
+    """A LoRA on the embedded model -> judge_adapter/. Returns the file of its training's state."""
     from peft import LoraConfig
     model, tok = models.load_model(models.EMBEDDED)
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, task_type="CAUSAL_LM", target_modules=LINEAR)
@@ -274,12 +273,13 @@ def train_adapter(rows):
         p.requires_grad_("lora_" in name)
     folder = adapter_of(WHICH)
     made_of = json.dumps([dict(run.constants(globals()), PROGRESS=None), len(rows)])
-    state = f"00_judge/{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.safetensors"
-    train(Judge(model, tok), rows, run.CHECKPOINTS / state)
+    state = run.CHECKPOINTS / "00_judge" / hashlib.sha256(made_of.encode()).hexdigest()[:12]
+    state = state.with_suffix(".safetensors")
+    train(Judge(model, tok), rows, state)
     folder.mkdir(exist_ok=True)
     model.save_pretrained(folder)
     adapters.tidy(folder, models.WHEEL)
-    (run.CHECKPOINTS / state).unlink(missing_ok=True)
+    return state
 
 
 def splits():
@@ -341,9 +341,11 @@ def main(argv):
     folder = adapter_of(WHICH)
     if not SCORE_ONLY:
         print(f"training on {len(training)} rows, {len(measured)} held out")
-        train_adapter(training)                                                  # (3)
+        state = train_adapter(training)                                          # (3)
         write_meta(folder, len(training))
     score(folder, measured)                                                      # (4)
+    if not SCORE_ONLY:
+        state.unlink(missing_ok=True)  # until here the same command goes on
     print(f"made {folder.name}/; next: python judge.py eval <labelled file>")
 
 

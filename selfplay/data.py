@@ -29,7 +29,7 @@ def read_table(path):
         try:
             frame = pandas.read_parquet(path).astype(object)  # then None can stand in a gap
             return list(enumerate(frame.where(frame.notna(), None).to_dict("records"), 1))
-        except ValueError as problem:  # pyarrow's errors are of this type
+        except (OSError, ValueError) as problem:  # of either type is what pyarrow finds
             die(f"{short(path)}: not a Parquet file ({str(problem).splitlines()[0][:80]})")
     text = read_text(path)
     if path.suffix not in (".csv", ".tsv"):
@@ -50,11 +50,9 @@ def read_table(path):
 
 def _json_lines(path, text):
     """[(line number, JSON object as dict)] of the lines that are not empty."""
-    rows = []
-    for n, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON may hold other line ends
-        if line.strip():
-            rows.append((n, parse_json(line, f"{short(path)} line {n}", dict)))
-    return rows
+    lines = enumerate(text.split("\n"), 1)  # not splitlines: JSON may hold other line ends
+    return [(n, parse_json(line, f"{short(path)} line {n}", dict)) for n, line in lines
+            if line.strip()]
 
 
 def _checked(path, rows, keys, types):
@@ -74,8 +72,10 @@ def read_exchanges(path, *keys):
 
 
 def read_rows(path, *keys, heal=True):
-    """Rows of a JSON log, [] where there is none; each has all `keys`. heal: see read_log()."""
-    return _checked(path, _json_lines(path, read_log(path, heal)), keys, TYPES)
+    """Rows of a JSON log, [] where there is none; each has all `keys`. heal: as read_log(); None: a
+    user's file, no log: its last line counts without an end, too."""
+    text = read_text(path) if heal is None else read_log(path, heal)
+    return _checked(path, _json_lines(path, text), keys, TYPES)
 
 
 def rows_by_id(path, *keys, heal=True):

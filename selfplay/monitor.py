@@ -40,7 +40,7 @@ def complied(replies):
 
 
 def step_metrics(turns):
-    """The metrics of a step's turns -> dict; names as in the step line and metrics.csv."""
+    """A step's turns -> dict: columns of metrics.csv (PANELS explains most). nan: no such turn."""
     every = turns_table(turns)
     attacks, replies = every[every["role"] == "attacker"], every[every["role"] == "defender"]
     judged = replies[replies["parsed"]]
@@ -81,7 +81,7 @@ def describe_arm(c):
 
 
 def step_line(step, steps, m):
-    """One line a step, fixed order, the names of metrics.csv."""
+    """One line a step. H: entropy; gn: grad_norm; drop: no label; cut: texts cut for the judge."""
     return (f"step {step:03d}/{steps} | atk r {m['atk_r']:+.2f} asr {m['asr']:.2f} | "
             f"def r {m['def_r']:+.2f} refuse(h) {m['refuse_h']:.2f} "
             f"comply(b) {m['comply_b']:.2f} | fmt {m['fmt']:.2f} empty {m['empty']:.2f} | "

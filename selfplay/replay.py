@@ -1,12 +1,12 @@
-"""SSP's experience pool: an upper confidence bound brings back the failures that the defender
-handles worst and has seldom met of late (arXiv 2601.10589). The paper gives the idea; the rules and
-constants are ours. The defender changes, so earlier visits weigh less (arXiv 0805.3415). A visit in
-which the defender was shown its earlier reply does not change the mean: it counts for RETIRE alone.
+"""SSP's experience pool (arXiv 2601.10589): attacks that worked, replayed by an upper confidence
+bound (UCB). The paper gives the idea; the rules and constants are ours.
 
-An attack comes in if it is about its seed and the defender fails again when it is asked afresh. One
-that is replayed brings a benign request along that sounds alike, so that refusing all has a price.
-A safe reply that was written with the earlier one shown becomes an example for the SFT mix, under
-the plain prompt: the defender learns to do without the help."""
+An item is one attack. It enters if it is about its seed and FAILED of FRESH new replies are unsafe.
+A visit replays it: plainly, or "reflected", with the defender's last unsafe reply in the prompt.
+The mean reward is over plain visits; older ones weigh less, for the defender changes (arXiv
+0805.3415). An item leaves when it is mastered (see visit()) or retired, after RETIRE visits. Each
+replay brings a similar benign request along, so that refusing everything has a price. A safe
+reflected reply becomes an SFT example under the plain prompt, without the help."""
 import dataclasses
 import json
 import math
@@ -19,14 +19,14 @@ from selfplay.monitor import mean
 
 PER_SEED = 4       # items of one seed at most: a seed that is hard must not fill the pool
 DISCOUNT = 0.95    # of the weight of earlier visits, a step
-SAFE_VISITS = 3    # plain, non-empty, safe ones that an item needs to be mastered
-RETIRE = 8         # visits after which an item leaves in any case. Without it one item was visited
-#                    23 times because the judge's label changed; a hard one gets 8 tries, too
-FRESH = 3          # replies to a new failure's attack, asked for again: one reply may be bad luck
-FAILED = 2         # of them that must be unsafe, too
+SAFE_VISITS = 3    # plain visits with a safe reply that an item needs to be mastered
+RETIRE = 8         # visits after which an item leaves, mastered or not. Without this limit one item
+#                    was visited 23 times, because the judge's label of its replies kept changing
+FRESH = 3          # new replies to an attack that has worked: the first one may be bad luck
+FAILED = 2         # of the FRESH replies: so many must be unsafe for the attack to enter the pool
 ALIKE = 0.9        # cosine above which two attacks are one; of 20 rewrites of a seed one is so near
 DISTILLED = 64     # safe replies kept for the SFT mix, the newest
-BEFORE = re.compile(r"earlier|previous|(?:last|that|my|unsafe) repl", re.I)  # of the unsafe reply
+BEFORE = re.compile(r"earlier|previous|(?:last|that|my|unsafe) repl", re.I)  # mentions a past reply
 PAIRS = 4          # benign seeds that take turns beside one attack, the likest ones
 # What the pool counts. left: visits of each item that has left. distilled: examples, their texts.
 TOTALS = dict(born=int, retired=int, left=list, distilled=list)
@@ -62,7 +62,7 @@ def mean_of(labels, others):
 
 @dataclasses.dataclass(eq=False)
 class Item:
-    """A past failure; mean and weight: discounted reward and number of its plain visits."""
+    """A past failure. mean: r_def over its plain visits; weight: their number; both discounted."""
     number: int
     seed: dict
     attack: str
@@ -81,8 +81,7 @@ class Pool:
     def __init__(self, size, ucb_c, mastered, text="", likeness=None, benign=()):
         self.size, self.ucb_c, self.mastered = size, ucb_c, mastered
         self.likeness, self.benign = likeness, list(benign) if likeness else []
-        self.born, self.left, self.retired, self.items = 0, [], 0, []
-        self.distilled = []
+        self.born, self.retired, self.left, self.distilled, self.items = 0, 0, [], [], []
         item = {field.name: field.type for field in dataclasses.fields(Item)}
         for n, line in enumerate(text.splitlines(), 1):
             row, where = parse_json(line, f"pool.jsonl line {n}"), f"pool.jsonl line {n}"
@@ -130,8 +129,8 @@ class Pool:
                 self.items.remove(min(items, key=lambda item: (self.ucb(item), item.number)))
 
     def visit(self, item, r_def, reply, plain=True):
-        """An item was answered afresh. reply: "" if it is empty (r_def 0): then the item keeps its
-        unsafe reply. plain: it was not shown. The item leaves mastered, or after RETIRE visits."""
+        """Count a new reply to an item. reply: "" if empty (r_def 0); the item then keeps its last
+        unsafe one. plain: that one was not shown. Removes an item that is mastered or retired."""
         item.visits += 1
         if r_def < 0.5 and reply:
             item.reply = reply
@@ -189,8 +188,8 @@ class Pool:
         were answered unsafely. rewards: r_def of each turn, None if dropped."""
         out, seen = [], set()
         for turn, r_def in zip(turns, rewards):
-            fresh = turn.kind == "generated_harmful" and turn.relevant and not turn.declined
-            failed = fresh and r_def is not None and r_def < 0.5 and not turn.labels.empty
+            attacked = turn.kind == "generated_harmful" and turn.relevant and not turn.declined
+            failed = attacked and r_def is not None and r_def < 0.5 and not turn.labels.empty
             if failed and turn.request not in seen and not self.knows(turn.request):
                 out.append((turn, r_def))
                 seen.add(turn.request)

@@ -2,8 +2,8 @@
 
 neutralize() breaks every delimiter by a space, so that a player can still read the text; its layout
 stays. A judge reads less: plain() takes out what cannot be seen, unforge() the delimiters and the
-judge's own answer lines. All are ours, not the papers'. printable() keeps a text from steering the
-terminal. Each takes time linear in the text."""
+judge's own answer lines. printable() keeps a text from steering the terminal. All are ours, not the
+papers'. Each takes time linear in the text."""
 import functools
 import re
 import unicodedata
@@ -49,6 +49,7 @@ CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e
 # Characters without a picture that belong to a script all the same: fillers, variation selectors.
 BLANKS = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0"
                     "\U000e0100-\U000e01ef]")
+_category = functools.cache(unicodedata.category)
 
 
 def assigned(text):
@@ -57,8 +58,7 @@ def assigned(text):
     Tag characters go too (U+E0000 on): they can spell a text that no judge reads."""
     if text.isascii() and text.isprintable():
         return text
-    text = text.replace("\r\n", "\n")
-    text = re.sub("[\U000e0000-\U000e01ef]", "", text)
+    text = re.sub("[\U000e0000-\U000e01ef]", "", text.replace("\r\n", "\n"))
     return "".join(c for c in text if c in "\t\n" or _category(c) not in ("Cc", "Cs", "Co", "Cn"))
 
 
@@ -71,9 +71,6 @@ def plain(text):
         text = BLANKS.sub("", text)
     text = re.sub(r"[^\S\n]+", " ", text)
     return re.sub(r"\n{3,}", "\n\n", re.sub(r" ?\n ?", "\n", text)).strip()
-
-
-_category = functools.cache(unicodedata.category)
 
 
 def neutralize(text, tok):

@@ -1,6 +1,6 @@
-"""A run of 02: what it works with, new or from its newest checkpoint; its checkpoints and logs.
+"""Start or resume a run of 02, save its checkpoints, write its logs.
 
-scope: the globals() of 02, whose constants say what the run is."""
+scope: 02's globals(); c: the same as attributes. c.judge: judge.py, not to be imported here."""
 import collections
 import json
 import sys
@@ -17,7 +17,8 @@ from selfplay.data import halves, load_seeds, seeds_digest
 from selfplay.replay import Likeness, Pool
 from selfplay.turns import read_examples
 
-# A run's parts. policy: {role: model}, one or two. first: steps that are done. out: its results
+# A run's parts. policy: {role: model that learns}. ref: the frozen start model. embed: texts ->
+# vectors. sft: the SFT mix. inputs: digests for check_resume(). first: steps done. out: results/
 Run = collections.namedtuple(
     "Run", "policy ref tok scorer optimizer pool seeds dev embed sft inputs first out")
 
@@ -44,16 +45,16 @@ def check_constants(c, source):
     """Stop where constants exclude one another, or the model at `source` was taught otherwise."""
     if not c.LORA_RANK and (c.BASE_QUANT, c.ADAPTERS) != ("none", "shared"):
         die("BASE_QUANT=nf4 and ADAPTERS=per_role are for runs with adapters: give LORA_RANK")
-    if c.ADAPTERS == "per_role" and c.ROLES != "both" or run.locate(f"{source}/attacker"):
+    if (c.ADAPTERS == "per_role" and c.ROLES != "both") or run.locate(f"{source}/attacker"):
         die("adapters per role are for ROLES=both; a run from such a MODEL would lose its attacker")
     if c.REFERENCE == "cpu" and (c.LORA_RANK or c.ROLES != "both"):
         die("REFERENCE=cpu is for runs in which all weights of both roles learn: an adapter has no "
             "reference of its own to move, and a frozen role plays with it")
     alone = c.ROLES == "attacker" or c.published_ablation("defender")
-    if c.METHOD == "ssp" and (c.SCHEME != "general_sum" or c.REPLAY != "off" and alone):
+    if c.METHOD == "ssp" and (c.SCHEME != "general_sum" or (c.REPLAY != "off" and alone)):
         die("METHOD=ssp has no SCHEME and replays attacks: with one role give REPLAY=off")
     if c.METHOD == "ssp" and c.REPLAY == "reflect" and not c.COT:
-        print("WARNING: COT=false, but who reflects does so in its thinking: better REPLAY=plain")
+        print("WARNING: COT=false leaves no thinking in which to reflect: better REPLAY=plain")
     if c.SHARD == "fsdp" and (c.LORA_RANK or c.REFERENCE == "cpu" or parallel.number_of() == 1):
         die("SHARD=fsdp is for runs in several processes in which all weights learn and the "
             "reference is resident")
@@ -85,12 +86,11 @@ def load_models(c, source, resumed, checkpointing):
     if c.ADAPTERS == "per_role":
         policy["attacker"] = adapters.twin(model)
         learning = torch.nn.ModuleList(policy.values())
-    optimizer = OPTIMIZERS[c.OPTIMIZER](learning, (0.9, 0.95), 0.0)
-    return ref, tok, policy, optimizer
+    return ref, tok, policy, OPTIMIZERS[c.OPTIMIZER](learning, (0.9, 0.95), 0.0)
 
 
 def start(scope, load_embedder):
-    """Load a run's parts, new or from the newest checkpoint -> Run. load_embedder: for (8)."""
+    """Load a run's parts, new or resumed -> Run. load_embedder: of evaluation, for (8) and SSP."""
     c = types.SimpleNamespace(**scope)
     source = str(run.locate(c.MODEL) or c.MODEL)
     check_constants(c, source)
@@ -118,7 +118,7 @@ def start(scope, load_embedder):
     if c.SFT and not run.locate(f"{source}/meta.json"):  # no model of ours: who wrote its examples?
         made = run.read_json(sft_file.parent / "meta.json", missing={}).get("parent")
         if made not in (None, run.publishable(c.MODEL)):
-            print(f"WARNING: {made} wrote the examples of {c.SFT}, MODEL is {c.MODEL}")
+            print(f"WARNING: {run.brief(made)} wrote the examples of {c.SFT}, MODEL is {c.MODEL}")
     rubric = c.RUBRIC_JUDGE if c.METHOD == "ssp" else ""
     inputs = dict(MODEL=models.fingerprint(source), JUDGE=c.judge.fingerprint(c.JUDGE),
                   RUBRIC_JUDGE=c.judge.fingerprint(rubric), SEEDS=seeds_digest(c.SEEDS),
@@ -126,12 +126,11 @@ def start(scope, load_embedder):
                   prompts=run.file_digest(*run.PROMPTS.glob("*.txt")))
     if resumed:
         run.check_resume(scope, resumed, inputs)
-        parallel.once(run.drop_old_states, resumed)  # killed while it saved, it may have two
     scorer = c.judge.load_judge(c.JUDGE, c.QUANTIZE, rubric=rubric,
                               max_text=c.judge.text_limit(c.ATTACK_TOKENS, c.REPLY_TOKENS))
     c.judge.check_floor(scorer, c.JUDGE_FLOOR)
     ref, tok, policy, optimizer = load_models(c, source, resumed, checkpointing)
-    sft, pool = read_examples(sft_file, tok, c.SFT_KINDS, c.COT), ""
+    sft, pool_text = read_examples(sft_file, tok, c.SFT_KINDS, c.COT), ""
     if not c.RL_COEF and not (sft and c.SFT_COEF):
         die("RL_COEF=0 trains the SFT mix alone, and there is none: give SFT= or SFT_COEF=")
     if c.EVAL_EVERY or c.METHOD == "ssp":
@@ -140,18 +139,19 @@ def start(scope, load_embedder):
         dev += evenly(half, c.EVAL_SEEDS)
     if resumed:
         optimizer.restore(models.read_tensors(resumed / "state.safetensors"))
+        parallel.once(run.drop_old_states, resumed)  # killed while it saved, it may have two
         if c.METHOD == "ssp":
             file = resumed / "pool.jsonl"
-            pool = run.read_text(file) or die(
+            pool_text = run.read_text(file) or die(
                 f"{run.short(file)}: empty: this run cannot go on, give another RUN=")
         before = run.read_json(resumed / "meta.json").get("processes", 1)
         now = parallel.number_of()
         print(f"resumed from {run.short(resumed)}"
               + (f", made by {before} processes, now {now}" if before != now else ""))
     likeness = Likeness(embed) if c.METHOD == "ssp" else None
-    benign = halves(seeds)[1]
+    benign = halves(seeds)[1] if c.BENIGN_FRACTION else []
     benign = [seed for seed in benign if seed.get("category") == "sounds_harmful"] or benign
-    pool = Pool(c.POOL_SIZE, c.UCB_C, c.MASTERED, pool, likeness, benign)
+    pool = Pool(c.POOL_SIZE, c.UCB_C, c.MASTERED, pool_text, likeness, benign)
     return Run(policy, ref, tok, scorer, optimizer, pool, seeds, dev, embed, sft, inputs, first,
                out)
 

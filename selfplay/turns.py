@@ -32,7 +32,7 @@ class Turn:
     #                                vanilla (the seed), replayed, reflected, paired (SSP's pool)
     seed: dict                     # the seed's line
     prompt_ids: list               # P token ids
-    request: str = ""              # defender: the text that it answers, from attacker or seed
+    request: str = ""              # defender: what it answers (an attack or a seed); attacker: ""
     game: int = -1                 # number of the game in its step
     ids: list = ()                 # T token ids, the first stop id included
     logps: list = ()               # T log-probabilities at sampling time
@@ -41,14 +41,14 @@ class Turn:
     well_formed: bool = False
     declined: bool = False         # the game's attack is empty, or a refusal of its seed
     relevant: bool = True          # SSP: the game's attack is about its seed
-    labels: object = None          # judge.Labels of (request, answer)
+    labels: object = None          # judge.Labels of the game's (request, reply), on both turns
     reward: float | None = None    # None: dropped
 
 
 @functools.cache  # a file that is changed during a run does not change the run
 def read_prompt(name, folder=None):
     """Text of a file of prompts/ (or of a folder) without comments (lines that begin with '#') and
-    outer white space. An empty one stops, and one with other slots than SLOTS says."""
+    outer white space. Stops if no text is left, or if its slots are not those of SLOTS."""
     path = (folder or run.PROMPTS) / name
     lines = run.read_text(path).splitlines()
     text = "\n".join(line for line in lines if not line.startswith("#")).strip()
@@ -78,9 +78,9 @@ def fill(template, **slots):
 
 
 def render(tok, user, system="", opening=""):
-    """Chat text, slots already neutralized -> prompt token ids, in the model's own template, ending
-    in `opening` of the reply. A template without system role (Mistral, Gemma) gets the system text
-    on top of the user's. The BOS is written once: by the template, not by the tokenizer."""
+    """User and system text, both neutralized -> list of prompt token ids, in the model's own chat
+    template. The prompt ends in `opening`, the start of the reply. A template without system role
+    (Mistral, Gemma) gets both as the user's text. The BOS comes from the template alone."""
     if not tok.chat_template:
         return tok(f"{system}\n\n{user}\n\n".lstrip() + opening).input_ids
     from jinja2.exceptions import TemplateError
@@ -131,11 +131,11 @@ def example(tok, request, thinking, answer, cot):
 
 
 def read_examples(path, tok, kinds, cot):
-    """A defender.jsonl of stage 1 -> its examples of a kind, or "all". path None: no SFT mix."""
+    """A defender.jsonl of 01 -> list of example()s. kinds: as SFT_KINDS. [] if path is None."""
     if path is None:
         print("no SFT mix: there is no defender.jsonl (stage 1 writes it) and no SFT=")
     examples = []
-    for row in read_rows(path, "kind") if path else []:
+    for row in read_rows(path, "kind", heal=None) if path else []:
         if {"request", "answer"} - row.keys() or cot and not row.get("thinking"):
             die(f"{short(path)} is of an older version or of COT=false: run 01_sft_warmup.py again")
         if kinds in ("all", row["kind"]):
@@ -157,9 +157,8 @@ def longest_prompts(tok, seeds, cot, attack_tokens, unsafe_tokens=None):
     return attacker, len(defender_prompt(tok, "", cot, "")) + request + unsafe_tokens
 
 
-def complete(model, tok, turns, cot, max_new, temperature, batch, generator=None,
-             rollout="auto"):
-    """Sample turns -> with ids, logps, thinking, answer, well_formed. rollout: see sample()."""
+def complete(model, tok, turns, cot, max_new, temperature, batch, generator=None, rollout="auto"):
+    """Sample each turn -> copies with ids, logps and what parse() gives. rollout: see sample()."""
     prompts, out = [turn.prompt_ids for turn in turns], []
     pairs = sample(model, tok, prompts, max_new, temperature, batch, generator, rollout=rollout)
     for turn, (ids, logps) in zip(turns, pairs):
@@ -176,12 +175,12 @@ def sizes(turns):
 
 
 def batches_of(turns, max_tokens):
-    """Micro-batches of turns: lists of indices of at most max_tokens padded tokens, by length, of
-    one instruction each, so that its tokens go through the model once (shared_opening)."""
+    """Micro-batches: lists of indices of turns, at most max_tokens padded tokens each. The turns of
+    one have the same instruction, which the model then computes once (shared_opening)."""
     groups, out = {}, []
     for i, t in enumerate(turns):
-        own = t.role == "attacker" or t.kind.startswith("reflected")  # has its own instruction
-        groups.setdefault((t.role, own and t.kind), []).append(i)
+        own = t.role == "attacker" or t.kind.startswith("reflected")  # an instruction for each kind
+        groups.setdefault((t.role, t.kind if own else "any"), []).append(i)
     for group in groups.values():
         for part in micro_batches(sizes([turns[i] for i in group]), max_tokens):
             out.append([group[k] for k in part])
@@ -189,11 +188,11 @@ def batches_of(turns, max_tokens):
 
 
 def parse(text, cot):
-    """A completion -> (thinking, answer, well_formed). The prompt ended in "<think>" when `cot`.
-    Well-formed: some thinking, </think>, <answer>, some answer, </answer>; nothing else around, no
-    tag twice. Otherwise the game goes on with what follows the last </think> (inside <answer> if
-    opened), or with "". Without </think>, one complete <answer>...</answer> is played all the same.
-    (SRT's published code shows the raw text where it finds no answer, thinking included.)"""
+    """A completion -> (thinking, answer, well_formed). With `cot` the prompt ended in "<think>";
+    well-formed is: thinking </think> <answer> answer </answer>, neither text empty, each tag once,
+    nothing around. If malformed, answer is what follows the last </think> (inside <answer>, if one
+    opens there); without </think>, the inside of a single <answer>...</answer>; otherwise "".
+    (SRT's published code passes on the raw text where it finds no answer, thinking included.)"""
     if not cot:
         return "", text.strip(), bool(text.strip())
     thinking, closed, rest = text.rpartition("</think>")

@@ -108,6 +108,25 @@ def test_files_and_what_damages_them(loaded, tiny_models, tmp_path):
         assert says in stops(models.load_model, str(other), "float32")
 
 
+def test_layers_named_by_a_pattern_are_saved_as_one(loaded, tiny_models, tmp_path):
+    from peft import LoraConfig
+    base, tok = models.load_model(tiny_models["llama"], "float32")
+    base.add_adapter(LoraConfig(r=2, target_modules=r".*\.(q_proj|v_proj)"))
+    base.base_name = tiny_models["llama"]
+    models.save_checkpoint(tmp_path / "a", base, tok, dict(stage="x"))
+    again, _ = models.load_model(str(tmp_path / "a"), "float32")
+    assert torch.equal(again(IDS).logits, base(IDS).logits)
+
+
+def test_an_adapter_over_an_adapter_is_refused(tmp_path):
+    """In one folder with its base, it names itself."""
+    (tmp_path / "a").mkdir()
+    config = dict(base_model_name_or_path=str(tmp_path / "a"), r=2, target_modules=["q_proj"])
+    (tmp_path / "a" / adapters.CONFIG).write_text(json.dumps(config))
+    for call in (models.peek, models.fingerprint, models.load_model):
+        assert "is an adapter, not a model" in stops(call, str(tmp_path / "a"))
+
+
 def models_save(tensors, folder):
     from safetensors.torch import save_file
     save_file(tensors, folder / adapters.WEIGHTS)

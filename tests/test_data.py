@@ -55,6 +55,17 @@ def test_a_bad_table_stops_with_its_line(tmp_path, name, text, words):
     assert all(word in line for word in words), line
 
 
+def test_a_parquet_file_with_wrong_bytes_inside_stops(tmp_path):
+    """Its footer is whole: what pyarrow raises then is no ValueError."""
+    path = tmp_path / "a.parquet"
+    rows = [dict(id=str(n), text=f"some words {n}") for n in range(200)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    data_ = bytearray(path.read_bytes())
+    data_[4:400] = bytes(255 - x for x in data_[4:400])
+    path.write_bytes(data_)
+    assert "a.parquet: not a Parquet file" in stops(data.read_table, path)
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
 def test_what_is_not_utf8_stops(tmp_path, name):
     (tmp_path / name).write_bytes(b"id,text\n1,\xff\xfe\n")

@@ -118,17 +118,17 @@ def test_labels_of_another_adapter_are_other_labels(stage, tmp_path):
     for n in range(3):
         for k, name in enumerate(names):
             (tmp_path / name).write_text("new" if k == n else "old")
-        digests.add(stage.find_judge(str(tmp_path)))
+        digests.add(stage.judge_digest(str(tmp_path)))
     assert len(digests) == 3  # old weights, new weights, new calibration
     (tmp_path / "calibration.json").unlink()
-    assert "run python -m judge_adapter.train" in stops(stage.find_judge, str(tmp_path))
+    assert "run python -m judge_adapter.train" in stops(stage.judge_digest, str(tmp_path))
 
 
 def test_the_embedded_judge_without_its_config_stops_at_once(stage, tmp_path, monkeypatch):
     for name in ("adapter_model.safetensors", "calibration.json"):
         (tmp_path / name).touch()
     monkeypatch.setattr(stage.judge, "ADAPTER", tmp_path)
-    assert "adapter_config.json not found" in stops(stage.find_judge, "embedded")
+    assert "adapter_config.json not found" in stops(stage.judge_digest, "embedded")
 
 
 # ---- (2) the order of work

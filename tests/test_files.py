@@ -64,7 +64,11 @@ def test_a_second_interrupt_ends_at_once():
      "out of memory"),
     ('raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")', "out of memory"),
     ('from safetensors import SafetensorError\n'
-     'raise SafetensorError("I/O error: No space left on device (os error 28)")', "disk is full")])
+     'raise SafetensorError("I/O error: No space left on device (os error 28)")', "disk is full"),
+    ('from safetensors import SafetensorError\n'
+     'raise SafetensorError("I/O error: Disk quota exceeded (os error 122)")', "disk is full"),
+    ('raise OSError(errno.EDQUOT, "Disk quota exceeded", "a")',
+     "a: Disk quota exceeded; what is complete is kept")])
 def test_what_the_machine_does_is_one_line(body, says):
     process = script(body)
     out, said = process.communicate(timeout=60)
@@ -246,9 +250,25 @@ def test_two_processes_with_one_run(mine, tmp_path):
 
 
 def test_what_a_killed_replacement_left_is_put_back(mine, tmp_path):
-    write_json(tmp_path / "checkpoints/a.old/meta.json", dict(stage="09_fake.py"))
+    write_json(tmp_path / "checkpoints/a.replaced/meta.json", dict(stage="09_fake.py"))
     run.claim(mine, tmp_path / "checkpoints")
     assert (tmp_path / "checkpoints/a/meta.json").is_file()
+
+
+def test_what_a_user_has_put_aside_stays_there(mine, tmp_path):
+    """`mv checkpoints/a checkpoints/a.old`, then a new run, and its save."""
+    write_json(tmp_path / "checkpoints/a.old/meta.json", dict(stage="09_fake.py"))
+    run.claim(mine, tmp_path / "checkpoints")
+    assert not (tmp_path / "checkpoints/a").exists()
+    for name in ("a", "new"):
+        write_json(tmp_path / f"checkpoints/{name}/meta.json", dict(stage="09_fake.py"))
+    run.replace_folder(tmp_path / "checkpoints/new", tmp_path / "checkpoints/a")
+    assert (tmp_path / "checkpoints/a.old/meta.json").is_file()
+
+
+def test_a_message_does_not_steer_the_terminal():
+    said = stops(run.die, "a tensor named x \x1b[2J \x9b\x07 \u202e in the file")
+    assert said.isprintable() and "named x ?[2J ?? ? in" in said
 
 
 def test_explain_leaves_other_errors_alone():

@@ -8,6 +8,7 @@ import re
 import shutil
 import types
 
+import pandas
 import pytest
 import torch
 from helpers import KINDS, FakeJudge, keep_constants, read_jsonl, stops, write_jsonl
@@ -645,6 +646,16 @@ def test_label_command(tmp_path, scripted, capsys):
     assert [[g[f"p_{f}"] for f in FIELDS] for g in got] == [
         [0.9, 0.8, 0.4], [0.2, 0.3, 0.7], [0.9, None, None], [0.2, 0.0, 0.0]]
     assert "labelled 4 exchanges" in capsys.readouterr().out
+
+
+def test_label_command_keeps_columns_that_are_no_json(tmp_path, scripted):
+    """A date and a list of a Parquet file: rows are judged for hours before they are written."""
+    day = pandas.Timestamp("2026-1-2")
+    table = dict(prompt=["bad"], response=["no"], at=[day], tags=[["a", "b"]])
+    pandas.DataFrame(table).to_parquet(tmp_path / "in.parquet")
+    judge.main(["label", str(tmp_path / "in.parquet"), str(tmp_path / "out.jsonl")])
+    [row] = read_jsonl(tmp_path / "out.jsonl")
+    assert row["at"].startswith("2026-01-02") and "a" in row["tags"] and row["prompt_harmful"]
 
 
 def test_label_command_with_a_real_tiny_judge(tmp_path, loaded, monkeypatch):

@@ -3,6 +3,7 @@ and the whole command on a tiny model."""
 import copy
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -354,6 +355,27 @@ def test_main_writes_an_adapter_that_the_judge_loads(command, tmp_path, capsys):
     assert (out / "adapter_model.safetensors").read_bytes() == weights
     command(f"INIT={out}", "LR=1e-2")
     assert (out / "adapter_model.safetensors").read_bytes() != weights
+
+
+def test_killed_while_it_scores_it_does_not_train_again(command, tmp_path, monkeypatch, capsys):
+    """A further round neither: INIT was overwritten by then."""
+    out = command("LR=1e-2", "RANK=2", "ALPHA=4")
+    whole = shutil.copytree(out, tmp_path / "whole")
+    words = f"INIT={whole}", "LR=1e-2"
+    command(*words)
+    want = (out / "adapter_model.safetensors").read_bytes()
+    capsys.readouterr()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(whole / name, out / name)
+    words = f"INIT={out}", "LR=1e-2"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "score", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            command(*words)
+    assert "resumed" not in capsys.readouterr().out
+    command(*words)
+    assert "resumed at update 2" in capsys.readouterr().out
+    assert (out / "adapter_model.safetensors").read_bytes() == want
 
 
 def test_main_says_what_is_missing(command, tmp_path):

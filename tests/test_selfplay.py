@@ -1098,6 +1098,39 @@ def test_a_run_does_not_go_on_with_other_inputs(small_run, workplace, tiny_model
     assert f"other content of {of}" in message and "checkpoints/02_rl/step_000001" in message
 
 
+def test_an_sft_file_of_a_user_is_left_as_it_is(small_run, tmp_path, capsys):
+    """Without an end of its last line, as editors leave it: no row is lost, and the run goes on."""
+    rows = [dict(kind="comply", seed="s", request=f"ask {i}", thinking="hm", answer=f"say {i}")
+            for i in range(2)]
+    sft = tmp_path / "sft.jsonl"
+    sft.write_text("\n".join(map(json.dumps, rows)))
+    before = sft.read_bytes()
+    for steps in (1, 2):
+        small_run(f"STEPS={steps}", f"SFT={sft}")
+        said = capsys.readouterr().out
+        assert "SFT examples 2" in said and ("resumed" in said) == (steps == 2)
+    assert sft.read_bytes() == before
+
+
+def test_a_damaged_state_does_not_take_the_one_before_with_it(small_run, workplace):
+    """Two steps may have a state after a power cut, or as a user put one back."""
+    small_run("STEPS=2", "SAVE_EVERY=1")
+    folder = workplace / "checkpoints/02_rl"
+    first, second = [folder / f"step_00000{n}/state.safetensors" for n in (1, 2)]
+    whole = second.read_bytes()
+    first.write_bytes(whole)
+    second.write_bytes(whole[:len(whole) // 2])
+    assert "step_000002/state.safetensors" in stops(small_run, "STEPS=3", "SAVE_EVERY=1")
+    assert first.read_bytes() == whole
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_replays_bring_benign_games_along_where_there_are_any(opened, share):
+    """The second paper's form has none: BENIGN_FRACTION=0."""
+    r, _ = opened("METHOD=ssp", f"BENIGN_FRACTION={share}")
+    assert bool(r.pool.benign) == bool(share)
+
+
 def test_any_model_starts_with_an_sft_file(small_run, workplace, tmp_path, capsys):
     """No warm-up: the examples are text, so they fit every tokenizer. Of the kinds, "comply"."""
     rows = [dict(kind=kind, seed="s", request=f"ask {i}", thinking="hm", answer=f"say {i}")
@@ -1108,7 +1141,7 @@ def test_any_model_starts_with_an_sft_file(small_run, workplace, tmp_path, capsy
     assert "SFT examples 2" in said and "WARNING" not in said
     (tmp_path / "meta.json").write_text(json.dumps(dict(parent="smollm2")))
     small_run("STEPS=1", f"SFT={sft}", "RUN=author")
-    assert f"WARNING: smollm2 wrote the examples of {sft}" in capsys.readouterr().out
+    assert f"WARNING: 'smollm2' wrote the examples of {sft}" in capsys.readouterr().out
     small_run("STEPS=1", f"SFT={sft}", "RUN=b", "SFT_KINDS=all")
     assert "SFT examples 3" in capsys.readouterr().out
     assert "not found" in stops(small_run, "STEPS=1", "SFT=nowhere.jsonl", "RUN=c")
