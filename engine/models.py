@@ -78,7 +78,7 @@ def load_model(name, dtype="auto", quantize=False, frozen=False, where=None):
     elif not Path(path, "config.json").is_file():
         die(f"model folder {short(path)}: no config.json and no {adapters.CONFIG} in it")
     for file in ("config", "generation_config", "tokenizer", "tokenizer_config"):
-        read_json(Path(path, f"{file}.json"), missing={})  # the library ignores some, names none
+        read_json(Path(path, f"{file}.json"), missing={})  # the library names no damaged one
     try:
         tok = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(

